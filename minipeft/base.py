@@ -1,0 +1,145 @@
+"""Base models: the frozen networks that the methods plug into."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from .fetch import FetchError, fetch
+from .profiles import device as this_device
+
+EMBEDDED = ("smollm2-135m", "minilm-l6")  # these need no Hub; see fetch.py
+
+
+def load_base(
+    name: str = "smollm2-135m",
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    num_labels: int | None = None,
+):
+    """A pretrained model and its tokenizer: `(model, tokenizer)`.
+
+    name            what you get without `num_labels`
+    "smollm2-135m"  a causal language model: Llama architecture, 30 layers, width 576
+    "minilm-l6"     a bare encoder, hidden states out: BERT architecture, 6 layers, width 384
+    a Hub id        what its `config.json` names: a causal or encoder-decoder language model, a
+                    classifier, or else the bare body
+    a local folder  the same, from a folder that `save_pretrained` wrote
+
+    With `num_labels` it is the same body under a fresh classification head, which is drawn from
+    torch's generator: call `torch.manual_seed` before. `dtype` is float32 unless you name one,
+    `device` the GPU if there is one. The model is in evaluation mode, and `tokenizer.pad_token`
+    is always set (to the end-of-sequence token where the tokenizer has none).
+
+    Raises `ValueError` for a name that nothing answers to, `ConnectionError` when the Hub is out
+    of reach, and `minipeft.fetch.FetchError` when an embedded model cannot be fetched.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
+        raise ValueError(f"num_labels is {num_labels!r}; it must be a whole number from 1, or None")
+    source = _source(name)
+    with _answer_for(name), _quiet(name in EMBEDDED or num_labels is not None):
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        settings = {} if num_labels is None else {"num_labels": num_labels}
+        model = _model_class(config, num_labels).from_pretrained(
+            source, dtype=dtype or torch.float32, **settings
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:  # a decoder's classification head looks for it
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if name in EMBEDDED:  # a checkpoint names its base: no path of this machine in it
+        model.name_or_path = model.config._name_or_path = name
+    return model.to(this_device() if device is None else device).eval(), tokenizer
+
+
+def _source(name: str) -> str:
+    """Where transformers finds it: a folder, or the name itself if only the Hub can know it."""
+    if name in EMBEDDED:
+        return str(fetch(name))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ValueError(f"the folder {name!r} has no config.json, so it holds no model")
+        return str(folder)
+    if near := _near(name):
+        raise ValueError(f"no base model is called {name!r}; did you mean {near!r}? {_accepted()}")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"there is no folder {name!r}. {_accepted()}")
+    return name
+
+
+def _near(name: str) -> str | None:
+    return next(iter(get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.75)), None)
+
+
+def _accepted() -> str:
+    return f"(accepted: {', '.join(map(repr, EMBEDDED))}, a Hub id such as 'org/model', a local folder)"
+
+
+def _model_class(config, num_labels: int | None):
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
+
+    saved_as = "".join(config.architectures or [])
+    if num_labels is not None or saved_as.endswith("ForSequenceClassification"):
+        return AutoModelForSequenceClassification
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForCausalLM if saved_as.endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
+
+
+@contextmanager
+def _answer_for(name: str):
+    """transformers' errors about where a model comes from, in terms of `load_base`."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if name in EMBEDDED or Path(name).expanduser().is_dir():
+            raise
+        causes = [error]
+        while causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(causes[-1].__cause__ or causes[-1].__context__)
+        if any(isinstance(cause, GatedRepoError) for cause in causes):
+            raise ValueError(
+                f"{name!r} is on the Hub, but its owner gives it only to people who asked: accept "
+                "its terms on its page, then run `hf auth login`"
+            ) from error
+        if any(isinstance(cause, (RepositoryNotFoundError, HFValidationError)) for cause in causes):
+            raise ValueError(f"the Hub has no model {name!r}. {_accepted()}") from error
+        if isinstance(error, OSError):
+            raise ConnectionError(
+                f"{name!r} is not on this machine and the Hub is out of reach. Check the network "
+                "(and HF_HUB_OFFLINE), or use a model that needs no Hub: "
+                f"{', '.join(map(repr, EMBEDDED))}. transformers said: {error}"
+            ) from error
+        raise
+
+
+@contextmanager
+def _quiet(wanted: bool):
+    """Without transformers' bar over 0.4 s, and its report that a new head is new."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if wanted:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
