@@ -61,7 +61,8 @@ lab: setup
 	  echo "No display here. Open the address below in a browser; Ctrl-C stops JupyterLab."; \
 	fi; \
 	if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; \
-	exec $(PYTHON) -m jupyterlab $$browser $$root notebooks/00_start_here.ipynb
+	exec $(PYTHON) -m jupyterlab $$browser $$root --ServerApp.root_dir=. \
+	  --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 test: setup
 	$(PYTHON) -m pytest -q
