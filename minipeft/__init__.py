@@ -1,0 +1,46 @@
+"""minipeft: parameter-efficient fine-tuning, built from scratch, small enough to read.
+
+    import minipeft as mp
+
+    model, tokenizer = mp.load_base("smollm2-135m")
+    mp.attach(model, mp.LoRA(rank=8, targets="all-linear"))
+    mp.fit(model, tokenizer, mp.load_data("drug_cards"), mp.FitConfig(steps=300))
+    mp.save_adapter(model, "my-adapter")
+
+Names are imported when they are first used, so that `import minipeft` costs next to nothing.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "sockets": ("attach", "detach", "activate", "active", "merge", "unmerge", "adapters", "Adapter"),
+    "methods.lora": ("LoRA",),
+    "base": ("load_base",),
+    "data": ("load_data", "score_cards"),
+    "training": ("fit", "evaluate", "FitConfig"),
+    "generation": ("generate",),
+    "checkpoint": ("save_adapter", "load_adapter"),
+    "bill": ("parameter_report", "memory_bill"),
+    "profiles": ("profile", "pick"),
+}
+# No file bears a public function's name: importing it would hide the function behind the module.
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+_SUBMODULES = ("anatomy", "base", "bill", "checkpoint", "checks", "data", "fetch", "lab", "methods", "sockets")
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module 'minipeft' has no name {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__, *_SUBMODULES})

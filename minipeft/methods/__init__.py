@@ -1,0 +1,1 @@
+"""One method a file: settings as a frozen dataclass, the maths as a plain `nn.Module`."""

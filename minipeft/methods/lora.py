@@ -1,0 +1,132 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, equation 3).
+
+    h = W x + ΔW x,    ΔW = s B A,    s = alpha / rank
+
+W (out, in) is frozen. A (r, in) and B (out, r) are trained, so ΔW has rank at most r.
+B starts at zero, so that nothing changes before training; A starts at random, so that B's gradient
+is not zero. Parameters: r (in + out) for each adapted module, against in × out in W.
+
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) takes s = alpha / √rank, which keeps the
+size of the update from shrinking as the rank grows.
+
+Plugged into the module socket: (x, y) -> y + s B A x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import anatomy
+from ..sockets import trainable_like
+
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Settings of LoRA.
+
+    rank      r, a positive integer
+    alpha     numerator of the scale; positive. The scale is alpha/rank, with `rslora` alpha/√rank
+    dropout   probability with which an entry of x is dropped on its way into A, in training
+    targets   which modules: name suffixes, "attention", "all-linear", or a regular expression
+    init      of A; B is always zero. "kaiming": uniform in ±1/√in, as in the authors' code.
+              "gaussian": normal with standard deviation 1/rank, the distribution the paper names
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] | str = ("q_proj", "v_proj")
+    init: str = "kaiming"
+    rslora: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank is {self.rank!r}; accepted is a whole number from 1")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) \
+                or not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha!r}; accepted is a number above 0")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}; accepted is a number from 0 to below 1")
+        if self.init not in INITS:
+            raise ValueError(f"init is {self.init!r}; accepted are {', '.join(map(repr, INITS))}")
+
+    @property
+    def scale(self) -> float:
+        """s in ΔW = s B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def parameter_count(self, out_features: int, in_features: int) -> int:
+        """Trained numbers on one module: r (in + out)."""
+        return self.rank * (in_features + out_features)
+
+    def pieces(self, model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+        for path in anatomy.match(model, self.targets):
+            module = model.get_submodule(path)
+            out_features, in_features = anatomy.linear_shape(module)
+            yield "module", path, LowRank(self, out_features, in_features, **trainable_like(module))
+
+
+class LowRank(nn.Module):
+    """y' = y + s B A x on one module. x (…, in), y (…, out)."""
+
+    def __init__(self, lora: LoRA, out_features: int, in_features: int, device=None, dtype=None):
+        super().__init__()
+        self.scale = lora.scale
+        self.dropout = nn.Dropout(lora.dropout) if lora.dropout else None
+        self.A = nn.Parameter(torch.empty(lora.rank, in_features, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(out_features, lora.rank, device=device, dtype=dtype))
+        if lora.init == "kaiming":
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(-1/√in, 1/√in)
+        else:
+            nn.init.normal_(self.A, std=1 / lora.rank)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.dropout is not None:
+            x = self.dropout(x)
+        h = F.linear(x, self.A.to(x.dtype))                      # (…, r) = x Aᵀ
+        return AddProduct.apply(y, h.to(y.dtype), self.B.to(y.dtype), self.scale)
+
+    def delta(self) -> Tensor:
+        """ΔW = s B A, (out, in)."""
+        return self.scale * (self.B @ self.A)
+
+    def merged(self, W: Tensor) -> Tensor:
+        """W + ΔW for a frozen weight W (out, in), added in the wider of the two precisions."""
+        return (W.to(self.A.dtype) + self.delta()).to(W.dtype)
+
+
+class AddProduct(torch.autograd.Function):
+    """y + s h Bᵀ, written into y: no second (…, out) tensor is made.
+
+    y (…, out) is what a frozen linear module just returned. Autograd needs no linear's output for
+    its backward pass, so it can be overwritten. h (…, r), B (out, r).
+    """
+
+    @staticmethod
+    def forward(ctx, y, h, B, s):
+        ctx.save_for_backward(h, B)
+        ctx.s = s
+        ctx.mark_dirty(y)
+        if y.is_contiguous():
+            y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), B.T, alpha=s)
+        else:
+            y.add_(h @ B.T, alpha=s)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):                                        # g = ∂loss/∂y', (…, out)
+        h, B = ctx.saved_tensors
+        flat = g.reshape(-1, g.shape[-1])
+        grad_h = (flat @ B).mul_(ctx.s).view(h.shape)            # s g B
+        grad_B = (flat.T @ h.reshape(-1, h.shape[-1])).mul_(ctx.s)  # s gᵀ h
+        return g, grad_h, grad_B, None

@@ -1,0 +1,574 @@
+"""Training and evaluation of whatever is trainable on a model: adapters, or all of it.
+
+    fit(model, tokenizer, data, FitConfig(...))      evaluate(model, tokenizer, data)
+
+An example is `{"prompt": str, "completion": str}` or `{"text": str, "label": int}`. For the first
+kind the loss is the mean cross-entropy over the completion's tokens and the end token:
+
+    loss = -1/N Σ_n log p(token_n | tokens before it),    N = the batch's completion tokens
+
+Three things make it light. (1) The output head runs only where the next token is a target, so the
+prompt never becomes vocabulary-sized logits. (2) A batch is sorted by length and cut into passes of
+at most `max_tokens` tokens, whose gradients add up to the batch's; memory follows the pass, not the
+batch, and little is padding. (3) A decoder is padded on the right, where causal attention never
+looks, so it needs no attention mask.
+
+Every random number is a function of (seed, step), so a run that was killed goes on from its last
+checkpoint and ends, on a CPU, with the same weights to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import profiles, sockets
+
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train.
+
+    steps         optimizer steps; None takes as many as `epochs` passes over the data need
+    batch_size    examples behind one optimizer step
+    max_tokens    tokens in one forward pass, padding included: a batch is cut into as many passes as
+                  that takes and their gradients are accumulated
+    lr, schedule  peak rate; after the warm-up it falls along a cosine or a line to 0, or stays
+    warmup        share of the steps in which the rate climbs from 0
+    clip          largest norm of the whole gradient; 0 for none
+    precision     "auto": bf16 autocast where the machine computes in it, fp16 with loss scaling on a
+                  GPU without bf16, otherwise fp32
+    eval_every    steps between evaluations on `eval_data`; 0 for none but the last
+    patience      stop after so many evaluations without a better loss and go back to the best
+    folder        where checkpoints and log.jsonl go; save_every: steps between checkpoints
+    resume        go on from the newest checkpoint in `folder`
+    """
+
+    steps: int | None = None
+    epochs: float = 1
+    batch_size: int = 16
+    max_tokens: int = 512
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    eval_every: int = 0
+    patience: int = 0
+    seed: int = 0
+    folder: str | os.PathLike | None = None
+    save_every: int = 0
+    resume: bool = False
+    progress: bool = True
+
+    def __post_init__(self):
+        def check(name, ok, accepted):
+            if not ok(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted is {accepted}")
+
+        def whole(low):
+            return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+
+        def number(v):
+            return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+
+        check("steps", lambda v: v is None or whole(1)(v), "a whole number from 1, or None")
+        check("epochs", lambda v: number(v) and v > 0, "a number above 0")
+        for name in ("batch_size", "max_tokens"):
+            check(name, whole(1), "a whole number from 1")
+        for name in ("eval_every", "patience", "save_every", "seed"):
+            check(name, whole(0), "a whole number from 0")
+        check("lr", lambda v: number(v) and v > 0, "a number above 0")
+        for name in ("weight_decay", "clip"):
+            check(name, lambda v: number(v) and v >= 0, "a number from 0")
+        check("warmup", lambda v: number(v) and 0 <= v <= 1, "a share from 0 to 1")
+        check("schedule", SCHEDULES.__contains__, ", ".join(map(repr, SCHEDULES)))
+        check("precision", PRECISIONS.__contains__, ", ".join(map(repr, PRECISIONS)))
+        if self.save_every and self.folder is None:
+            raise ValueError(f"save_every is {self.save_every} but folder is None; name a folder")
+        if self.resume and self.folder is None:
+            raise ValueError("resume is True but folder is None; name the folder of the run to go on with")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of optimizer step `step` (from 0) of `steps`."""
+        warm = round(self.warmup * steps)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        done = (step - warm) / max(1, steps - warm)              # 0 … below 1
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (1 - done) if self.schedule == "linear" else self.lr
+
+
+@dataclass
+class FitResult:
+    """What a run did. `history` has one dict a step: step, loss, lr, grad_norm, tokens_per_s,
+    memory (bytes), seconds, and eval_loss where it was evaluated."""
+
+    steps: int
+    history: list[dict] = field(repr=False)
+    seconds: float
+    peak_memory: int
+    evaluation: dict | None = None
+    stopped_early: bool = False
+
+
+# ---------------------------------------------------------------------------------------------
+# From text to passes
+# ---------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Row:
+    """One encoded example. Generative: targets are `ids[start:]`. Classification: `label`.
+    For an encoder-decoder `ids` goes in and `answer` comes out."""
+
+    ids: list[int]
+    start: int = 0
+    label: int | None = None
+    answer: list[int] | None = None
+
+    def __len__(self):
+        return len(self.ids) + len(self.answer or ())
+
+
+def encode(model: nn.Module, tokenizer, data: Sequence[dict]) -> list[Row]:
+    """Token ids of every example. Raises `ValueError` naming the example that cannot be used."""
+    if len(data) == 0:
+        raise ValueError("data is empty; at least one example is needed")
+    kinds = {"label" in e and "text" in e for e in data}
+    bad = next((i for i, e in enumerate(data)
+                if not ({"text", "label"} <= set(e) or {"prompt", "completion"} <= set(e))), None)
+    if bad is not None or len(kinds) > 1:
+        raise ValueError(f"example {bad or 0} has the fields {sorted(data[bad or 0])}; accepted are "
+                         "prompt and completion, or text and label, the same in all examples")
+    if kinds == {True}:
+        texts = tokenizer([e["text"] for e in data])["input_ids"]
+        labels = model.config.num_labels
+        for i, e in enumerate(data):
+            if not 0 <= e["label"] < labels:
+                raise ValueError(f"example {i} has the label {e['label']}; this model has {labels}, from 0")
+        rows = [Row(ids, label=int(e["label"])) for ids, e in zip(texts, data, strict=True)]
+    else:
+        prompts = tokenizer([e["prompt"] for e in data])["input_ids"]
+        answers = tokenizer([e["completion"] for e in data], add_special_tokens=False)["input_ids"]
+        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        if model.config.is_encoder_decoder:
+            rows = [Row(p, answer=a + end) for p, a in zip(prompts, answers, strict=True)]
+        else:
+            rows = [Row(p + a + end, start=len(p)) for p, a in zip(prompts, answers, strict=True)]
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for i, row in enumerate(rows):
+        if row.label is None and not (row.answer if row.answer is not None else 0 < row.start < len(row.ids)):
+            raise ValueError(f"example {i} needs at least one token of prompt and one of completion: "
+                             f"{ {k: data[i][k] for k in ('prompt', 'completion')} }")
+        if len(row.ids) > limit:
+            raise ValueError(f"example {i} has {len(row.ids)} tokens; this model takes {limit}. Shorten it.")
+    return rows
+
+
+def passes(rows: list[Row], max_tokens: int) -> Iterator[list[Row]]:
+    """The rows sorted by length and cut so that rows × longest ≤ max_tokens (one row always fits)."""
+    chunk: list[Row] = []
+    for row in sorted(rows, key=len, reverse=True):              # longest first: memory peaks early
+        if chunk and len(chunk[0]) * (len(chunk) + 1) > max_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(row)
+    if chunk:
+        yield chunk
+
+
+def batch_of(rows: Sequence[Row], batch_size: int, seed: int, step: int) -> list[Row]:
+    """The rows of one optimizer step: shuffled anew in each epoch, a function of (seed, step)."""
+    chosen, n = [], len(rows)
+    for i in range(step * batch_size, (step + 1) * batch_size):
+        order = _epoch_order(n, seed, i // n)
+        chosen.append(rows[order[i % n]])
+    return chosen
+
+
+def _epoch_order(n: int, seed: int, epoch: int, kept={}) -> list[int]:
+    if (n, seed, epoch) not in kept:
+        kept.clear()
+        kept[n, seed, epoch] = random.Random(f"{seed} {epoch}").sample(range(n), n)
+    return kept[n, seed, epoch]
+
+
+def _pad(sequences: list[list[int]], value: int, device) -> Tensor:
+    longest = max(map(len, sequences))
+    return torch.tensor([s + [value] * (longest - len(s)) for s in sequences], device=device)
+
+
+def loss_of(model: nn.Module, rows: list[Row], pad: int) -> tuple[Tensor, Tensor, int]:
+    """One forward pass: (sum of the targets' cross-entropies, targets guessed right, targets)."""
+    device = next(model.parameters()).device
+    ids = _pad([r.ids for r in rows], pad, device)               # (B, T)
+    lengths = torch.tensor([len(r.ids) for r in rows], device=device)
+    real = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # (B, T)
+    head = model.get_output_embeddings()
+
+    if rows[0].label is not None:
+        logits = model(input_ids=ids, attention_mask=real.long()).logits          # (B, classes)
+        targets = torch.tensor([r.label for r in rows], device=device)
+    elif rows[0].answer is not None:
+        answers = _pad([r.answer for r in rows], -100, device)   # (B, A)
+        inputs = model.prepare_decoder_input_ids_from_labels(answers)
+        targets = answers[answers != -100]
+        with sockets.only_at(head, answers != -100):
+            logits = model(input_ids=ids, attention_mask=real.long(), decoder_input_ids=inputs,
+                           use_cache=False).logits               # (N, V)
+    else:
+        starts = torch.tensor([r.start for r in rows], device=device)
+        target = real & (torch.arange(ids.shape[1], device=device) >= starts[:, None])
+        targets = ids[target]                                    # (N,)
+        before = F.pad(target[:, 1:], (0, 1))                    # the position that predicts it
+        with sockets.only_at(head, before):
+            logits = model(input_ids=ids, use_cache=False).logits  # (N, V)
+    loss = F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets, reduction="sum")
+    right = (logits.detach().argmax(-1) == targets).sum()
+    return loss, right, len(targets)
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: int = 2048,
+             precision: str = "auto") -> dict:
+    """Mean loss over the targets and the share of them guessed right, dropout off.
+
+    Generative: {"loss", "perplexity", "token_accuracy", "targets"}. Classification: {"loss",
+    "accuracy", "targets"}, one target an example.
+    """
+    rows = encode(model, tokenizer, data)
+    was_training = model.training
+    model.eval()
+    loss, right, targets = 0.0, 0, 0
+    try:
+        for chunk in passes(rows, max_tokens):
+            with _autocast(model, precision):
+                part, hits, n = loss_of(model, chunk, tokenizer.pad_token_id or 0)
+            loss, right, targets = loss + part.item(), right + hits.item(), targets + n
+    finally:
+        model.train(was_training)
+    if rows[0].label is not None:
+        return {"loss": loss / targets, "accuracy": right / targets, "targets": targets}
+    return {"loss": loss / targets, "perplexity": math.exp(min(loss / targets, 700)),
+            "token_accuracy": right / targets, "targets": targets}
+
+
+def _precision(model: nn.Module, wanted: str) -> str:
+    base = next(iter(sockets.base_parameters(model).values()))
+    if base.dtype == torch.float64:
+        return "fp32"  # float64 stays float64: no autocast
+    return profiles.precision(base.device) if wanted == "auto" else wanted
+
+
+def _autocast(model: nn.Module, precision: str):
+    precision = _precision(model, precision)
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or its gradient became infinite or NaN; the message says where and the likely cause."""
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What `fit` trains, by name: every parameter that requires a gradient, but of adapters only
+    those that are active."""
+    home = sockets.HOME
+    live = {f"{home}.{n}" for n in getattr(model, home).live()} if hasattr(model, home) else set()
+    return {n: p for n, p in model.named_parameters() if p.requires_grad
+            and (not n.startswith(home + ".") or ".".join(n.split(".")[:2]) in live)}
+
+
+def fit(model: nn.Module, tokenizer, data: Sequence[dict], config: FitConfig = FitConfig(), *,
+        eval_data: Sequence[dict] | None = None, watch: Callable[[dict], None] | None = None) -> FitResult:
+    """Train what is trainable on `data`. The model is left in eval mode.
+
+    watch is called with every history entry as it is made (a live curve, a logger). Ctrl-C ends the
+    step that is running, writes a checkpoint if there is a folder, and then raises
+    KeyboardInterrupt; a second Ctrl-C stops at once.
+    """
+    weights = trainable(model)
+    if not weights:
+        raise ValueError("nothing is trainable: no parameter requires a gradient and belongs to an "
+                         "active adapter (a merged adapter must be unmerged before it is trained)")
+    rows = encode(model, tokenizer, data)
+    steps = config.steps or max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
+    if config.patience and not (config.eval_every and eval_data):
+        raise ValueError(f"patience is {config.patience}, which needs eval_data and eval_every")
+    precision = _precision(model, config.precision)
+    device = next(model.parameters()).device
+    optimizer = _optimizer(weights, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    run = Run(config, steps, _fingerprint(config, steps, rows, weights), model, weights, optimizer, scaler)
+    start = run.restore() if config.resume else run.begin()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    from tqdm.auto import tqdm
+    history, began, stopped_early = run.history, time.perf_counter(), False
+    profiles.reset_peak_memory()
+    bar = tqdm(total=steps, initial=start, desc="fit", unit="step", disable=not config.progress)
+    devices = [device] if device.type == "cuda" else []
+    model.train()
+    try:
+        with torch.random.fork_rng(devices), _interrupt_between_steps() as interrupted, bar:
+            for step in range(start, steps):
+                entry = _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision, step, steps)
+                if step == start:
+                    _refuse_idle(model, weights)
+                done = step + 1
+                if config.eval_every and eval_data and (done % config.eval_every == 0 or done == steps):
+                    score = evaluate(model, tokenizer, eval_data, precision=config.precision)
+                    entry["eval_loss"] = score["loss"]
+                    run.judge(score["loss"])
+                    stopped_early = bool(config.patience) and run.worse >= config.patience
+                history.append(entry)
+                run.log(entry)
+                if watch is not None:
+                    watch(entry)
+                bar.set_postfix_str(f"loss {entry['loss']:.3f}  lr {entry['lr']:.1e}  "
+                                    f"{entry['tokens_per_s']:.0f} tok/s  {entry['memory'] / 2**30:.2f} GiB")
+                bar.update()
+                last = stopped_early or done == steps or interrupted.is_set()
+                if config.folder is not None and (last or (config.save_every and done % config.save_every == 0)):
+                    run.save(done)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt(f"stopped after step {done} of {steps}")
+                if stopped_early:
+                    break
+        run.take_best()
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()
+    evaluation = None
+    if eval_data:
+        evaluation = evaluate(model, tokenizer, eval_data, precision=config.precision)
+    return FitResult(len(history), history, time.perf_counter() - began, profiles.peak_memory(),
+                     evaluation, stopped_early)
+
+
+def _optimizer(weights: dict[str, nn.Parameter], config: FitConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, not on biases and norms."""
+    matrices = [p for p in weights.values() if p.dim() > 1]
+    vectors = [p for p in weights.values() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True)
+
+
+def _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision, step, steps) -> dict:
+    """One optimizer step: every pass of the batch forward and backward, clip, update."""
+    began = time.perf_counter()
+    torch.manual_seed(config.seed * 1_000_003 + step)            # dropout is a function of (seed, step)
+    lr = config.rate(step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    batch = batch_of(rows, config.batch_size, config.seed, step)
+    N = sum(1 if r.label is not None else len(r.answer or r.ids) - r.start for r in batch)
+    total = 0.0
+    for chunk in passes(batch, config.max_tokens):
+        with _autocast(model, precision):
+            loss, _, _ = loss_of(model, chunk, tokenizer.pad_token_id or 0)
+        if not math.isfinite(value := loss.item()):
+            optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteLoss(_blame("loss", value, step, lr, precision, config))
+        total += value
+        scaler.scale(loss / N).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(list(weights.values()), config.clip or math.inf).item()
+    if not math.isfinite(norm) and not scaler.is_enabled():
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteLoss(_blame("gradient norm", norm, step, lr, precision, config))
+    scaler.step(optimizer)                                       # with fp16, skips an overflowed step
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - began
+    return {"step": step + 1, "loss": total / N, "lr": lr, "grad_norm": norm, "seconds": seconds,
+            "tokens_per_s": sum(map(len, batch)) / seconds, "memory": profiles.memory_in_use()}
+
+
+def _blame(what, value, step, lr, precision, config) -> str:
+    if step == 0:
+        cause = "the model's weights or the data already give it before any training" + (
+            "; fp16 overflows beyond 65504, so try precision='fp32'" if precision == "fp16" else "")
+    else:
+        cause = f"the learning rate is probably too high; try {config.lr / 10:g}" + (
+            "" if config.clip else ", or clip=1.0")
+    return f"the {what} is {value} at step {step + 1} (rate {lr:.2e}): {cause}. The weights are those after step {step}."
+
+
+def _refuse_idle(model, weights) -> None:
+    for name, adapter in sockets.adapters(model).items():
+        idle = [p for p in adapter.idle() if any(n.startswith(f"{sockets.HOME}.{name}.{p}.") for n in weights)]
+        if idle:
+            raise RuntimeError(f"adapter {name!r}: {len(idle)} of {len(adapter.sites)} pieces did not run "
+                               f"({', '.join(idle[:4])}); the model goes past these modules, so they "
+                               "cannot learn. Leave them out of `targets`.")
+
+
+@contextlib.contextmanager
+def _interrupt_between_steps() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of tearing a step apart; the second one acts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints of a run
+# ---------------------------------------------------------------------------------------------
+
+def _fingerprint(config: FitConfig, steps: int, rows: list[Row], weights: dict[str, nn.Parameter]) -> dict:
+    """What must agree between a run and its continuation, each named so that an error can name it."""
+    kept = {k: v for k, v in asdict(config).items()
+            if k not in ("steps", "epochs", "folder", "resume", "progress", "save_every")}
+    digest = hashlib.sha256(repr([(r.ids, r.start, r.label, r.answer) for r in rows]).encode()).hexdigest()
+    shapes = hashlib.sha256(repr([(n, tuple(p.shape), str(p.dtype)) for n, p in weights.items()]).encode())
+    return kept | {"total steps": steps, "data": digest, "trainable parameters": shapes.hexdigest()}
+
+
+class Run:
+    """The files of one run: `step-00000100/` folders, each written whole or not at all, and log.jsonl."""
+
+    def __init__(self, config, steps, fingerprint, model, weights, optimizer, scaler):
+        self.config, self.steps, self.fingerprint = config, steps, fingerprint
+        self.model, self.weights, self.optimizer, self.scaler = model, weights, optimizer, scaler
+        self.folder = Path(config.folder) if config.folder is not None else None
+        self.history: list[dict] = []
+        self.best, self.best_loss, self.worse = None, math.inf, 0
+
+    def judge(self, loss: float) -> None:
+        """Remember the weights with the lowest evaluation loss; count evaluations without a better one."""
+        if not self.config.patience:
+            return
+        if loss < self.best_loss:
+            self.best = {n: p.detach().clone() for n, p in self.weights.items()}
+            self.best_loss, self.worse = loss, 0
+        else:
+            self.worse += 1
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        for name, value in (self.best or {}).items():
+            self.weights[name].copy_(value)
+
+    def log(self, entry: dict) -> None:
+        if self.folder is not None:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("step-" + "[0-9]" * 8)) if self.folder and self.folder.is_dir() else []
+
+    def begin(self) -> int:
+        if self.folder is not None:
+            if self.checkpoints():
+                raise ValueError(f"{self.folder} holds a run already (at {self.checkpoints()[-1].name}); "
+                                 "resume=True goes on with it, or name another folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "log.jsonl").write_text("")
+        return 0
+
+    def save(self, done: int) -> None:
+        """Weights, optimizer, best weights, state and history, atomically; the two newest are kept."""
+        from safetensors.torch import save_file
+
+        from . import checkpoint
+        target = self.folder / f"step-{done:08d}"
+        if target.exists():
+            return
+        making = self.folder / f".making-{target.name}-{os.getpid()}"
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir()
+        names = {p: n for n, p in self.weights.items()}
+        moments = {f"{key} {names[p]}": value.contiguous() for p, state in self.optimizer.state.items()
+                   for key, value in state.items()}
+        save_file({n: p.detach().contiguous() for n, p in self.weights.items()}, making / "weights.safetensors")
+        save_file(moments, making / "optimizer.safetensors")
+        if self.best is not None:
+            save_file(self.best, making / "best.safetensors")
+        for name in {n.split(".")[1] for n in self.weights if n.startswith(sockets.HOME + ".")}:
+            checkpoint.save_adapter(self.model, making / "adapters" / name, name)
+        state = {"step": done, "fingerprint": self.fingerprint, "best_loss": self.best_loss, "worse": self.worse,
+                 "scaler": self.scaler.state_dict(), "history": self.history}
+        (making / "state.json").write_text(json.dumps(state))
+        for file in making.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        os.replace(making, target)                               # the checkpoint appears whole
+        for old in self.checkpoints()[:-2]:
+            shutil.rmtree(old)
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """Load the newest checkpoint; 0 if there is none. `ValueError` names what does not agree."""
+        from safetensors.torch import load_file
+        if not self.checkpoints():
+            return self.begin()
+        newest = self.checkpoints()[-1]
+        state = json.loads((newest / "state.json").read_text())
+        for key, now in self.fingerprint.items():
+            if state["fingerprint"].get(key) != json.loads(json.dumps(now)):
+                raise ValueError(f"{newest} belongs to another run: its {key} was "
+                                 f"{state['fingerprint'].get(key)!r}, now it is {now!r}")
+        weights, moments = load_file(newest / "weights.safetensors"), load_file(newest / "optimizer.safetensors")
+        for name, p in self.weights.items():
+            p.copy_(weights[name])
+            self.optimizer.state[p] = {key: moments[f"{key} {name}"].to(p.device if key != "step" else "cpu")
+                                       for key in ("step", "exp_avg", "exp_avg_sq")}
+        if (newest / "best.safetensors").exists():
+            self.best = load_file(newest / "best.safetensors", device=str(next(iter(self.weights.values())).device))
+        self.best_loss, self.worse, self.history = state["best_loss"], state["worse"], state["history"]
+        self.scaler.load_state_dict(state["scaler"])
+        for leftover in self.folder.glob(".making-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        log = self.folder / "log.jsonl"
+        log.with_suffix(".tmp").write_text("".join(json.dumps(e) + "\n" for e in self.history))
+        os.replace(log.with_suffix(".tmp"), log)
+        return state["step"]
