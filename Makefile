@@ -29,7 +29,8 @@ help:
 	@echo "make setup            set up only: .venv, packages, base models, data"
 	@echo "make clean            remove .venv and everything built; the model cache stays"
 
-$(PYTHON):
+.PHONY: environment
+environment:
 	@found=; \
 	for python in $(PYTHONS); do \
 	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
@@ -43,8 +44,9 @@ $(PYTHON):
 	echo "Creating $(VENV) with $$("$$found" --version)"; \
 	"$$found" -m venv --clear $(VENV)
 
-# Runs again only when the dependencies have changed.
-$(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
+# Runs again only when the dependencies have changed, or when the environment's Python
+# does not run (there is none yet, or the Python it was made with has gone).
+$(INSTALLED): pyproject.toml constraints.txt $(if $(shell $(PYTHON) -c 'print(1)' 2>&1 | grep -x 1),,environment)
 	@echo "Installing into $(VENV). The first time takes minutes; torch is the largest part."
 	$(PYTHON) -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(PYTHON) -m pip install --constraint constraints.txt --editable ".[notebooks,test]"

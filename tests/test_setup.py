@@ -71,8 +71,9 @@ def test_conda_brings_a_python_that_the_package_accepts():
     assert python.removeprefix("python").split(",")[0] == PROJECT["requires-python"]
 
 
-def test_plain_pip_and_make_install_the_same():
-    assert PIP_ROUTE in (REPO / "README.md").read_text()
+def test_the_readme_and_make_install_the_same():
+    readme = (REPO / "README.md").read_text()
+    assert PIP_ROUTE in readme and "conda env create -f environment.yml" in readme
     recipe = (REPO / "Makefile").read_text()
     assert 'install --constraint constraints.txt --editable ".[notebooks,test]"' in recipe
     assert set(EXTRAS) == {"notebooks", "test"}
@@ -182,7 +183,7 @@ def test_the_first_python_that_is_new_enough_makes_the_environment(tmp_path):
     pretend(bin, "python3.13", "exit 127")  # a shim of a version that is not installed
     pretend(bin, "python3.12", f'[ "$2" = venv ] && set -- "$@" --without-pip; exec "{sys.executable}" "$@"')
     venv = tmp_path / "venv"
-    answer = make(f"VENV={venv}", f"{venv}/bin/python", PATH=f"{bin}:/usr/bin:/bin")
+    answer = make(f"VENV={venv}", "environment", PATH=f"{bin}:/usr/bin:/bin")
     assert answer.returncode == 0, answer.stderr
     assert f"Creating {venv}" in answer.stdout
     prefix = subprocess.check_output([venv / "bin" / "python", "-c", "import sys; print(sys.prefix)"], text=True)
