@@ -333,11 +333,11 @@ def fit(model: nn.Module, tokenizer, data: Sequence[dict], config: FitConfig = F
     run = Run(config, steps, _fingerprint(config, steps, rows, weights), model, weights, optimizer, scaler)
     start = run.restore() if config.resume else run.begin()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute_activations(model, True)
 
     from tqdm.auto import tqdm
     history, began, stopped_early = run.history, time.perf_counter(), False
-    profiles.reset_peak_memory()
+    profiles.reset_peak_memory(device)
     bar = tqdm(total=steps, initial=start, desc="fit", unit="step", disable=not config.progress)
     devices = [device] if device.type == "cuda" else []
     model.train()
@@ -371,13 +371,21 @@ def fit(model: nn.Module, tokenizer, data: Sequence[dict], config: FitConfig = F
     finally:
         optimizer.zero_grad(set_to_none=True)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            _recompute_activations(model, False)
         model.eval()
     evaluation = None
     if eval_data:
         evaluation = evaluate(model, tokenizer, eval_data, precision=config.precision)
-    return FitResult(len(history), history, time.perf_counter() - began, profiles.peak_memory(),
+    return FitResult(len(history), history, time.perf_counter() - began, profiles.peak_memory(device),
                      evaluation, stopped_early)
+
+
+def _recompute_activations(model: nn.Module, on: bool) -> None:
+    """Gradient checkpointing, under the name that this version of transformers has for it."""
+    new = hasattr(model, "activation_checkpointing_enable")
+    verb = f"{'activation' if new else 'gradient'}_checkpointing_{'enable' if on else 'disable'}"
+    options = {f"{'activation' if new else 'gradient'}_checkpointing_kwargs": {"use_reentrant": False}}
+    getattr(model, verb)(**options if on else {})
 
 
 def _optimizer(weights: dict[str, nn.Parameter], config: FitConfig) -> torch.optim.AdamW:
@@ -392,6 +400,7 @@ def _optimizer(weights: dict[str, nn.Parameter], config: FitConfig) -> torch.opt
 def _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision, step, steps) -> dict:
     """One optimizer step: every pass of the batch forward and backward, clip, update."""
     began = time.perf_counter()
+    device = next(iter(weights.values())).device
     torch.manual_seed(config.seed * 1_000_003 + step)            # dropout is a function of (seed, step)
     lr = config.rate(step, steps)
     for group in optimizer.param_groups:
@@ -417,7 +426,7 @@ def _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision,
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - began
     return {"step": step + 1, "loss": total / N, "lr": lr, "grad_norm": norm, "seconds": seconds,
-            "tokens_per_s": sum(map(len, batch)) / seconds, "memory": profiles.memory_in_use()}
+            "tokens_per_s": sum(map(len, batch)) / seconds, "memory": profiles.memory_in_use(device)}
 
 
 def _blame(what, value, step, lr, precision, config) -> str:
