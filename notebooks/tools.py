@@ -417,7 +417,7 @@ class Run:
     cells: int = 0  # code cells in the notebook
     executed: int = 0  # code cells that have run
     outputs: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # from the first cell on, without the kernel's start
     peak_memory: int = 0  # bytes, the kernel and its children together
     recorded: dict = field(default_factory=dict)
     checks: list = field(default_factory=list)
@@ -581,6 +581,7 @@ def run(
                 notebook,
                 kernel_manager_class=ThisInterpreter,
                 kernel_name="python3",
+                startup_timeout=180,
                 resources={"metadata": {"path": str(empty)}},
                 store_widget_state=False,
                 timeout_func=lambda cell: max(1, int(begun + allowed - time.monotonic())),
@@ -754,7 +755,8 @@ def report(result: Run) -> None:
     for error in result.errors:
         print(f"        {error}", flush=True)
     if result.failure:
-        print("\n" + textwrap.indent(result.failure.strip(), "    ") + "\n", flush=True)
+        failure = result.failure if sys.stdout.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", result.failure)
+        print("\n" + textwrap.indent(failure.strip(), "    ") + "\n", flush=True)
 
 
 def main(argv: list[str] | None = None, course: Course | None = None) -> int:
