@@ -98,7 +98,8 @@ def _cpu_multiplies_bf16() -> bool:
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11
         has = torch.cpu.get_capabilities()
         return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    questions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, question, bool)() for question in questions)
 
 
 def memory_in_use(device: torch.device | str | None = None) -> int:

@@ -67,6 +67,7 @@ def toy(tmp_path, monkeypatch):
     class Toy:
         folder = tmp_path / "cache" / "toy"
         download = tmp_path / "cache" / "downloads" / source.name
+        conversions = tmp_path / "conversions"  # one line for each, by other processes
 
         def acts(self, *acts):
             (tmp_path / "acts").write_text(" ".join(acts))
@@ -255,6 +256,8 @@ CHILD = """
     def unpack(archive, folder):
         with zipfile.ZipFile(archive) as file:
             file.extractall(folder)
+        with open(sys.argv[4], "a") as file:
+            file.write("converted\\n")
         if sys.argv[3] == "stay":
             print("converting", flush=True)
             time.sleep(60)
@@ -266,15 +269,16 @@ CHILD = """
 
 def child(toy, what=""):
     command = [sys.executable, "-c", textwrap.dedent(CHILD), toy.package.file, toy.package.sha256, what]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, str(toy.conversions)], stdout=subprocess.PIPE, text=True)
 
 
-def test_processes_that_fetch_at_once_share_one_download(toy):
+def test_processes_that_fetch_at_once_share_one_download_and_one_conversion(toy):
     toy.acts("slow")
     children = [child(toy) for _ in range(3)]
     assert [process.communicate()[0] for process in children] == ["42\n"] * 3
     assert [process.returncode for process in children] == [0] * 3
-    assert len(toy.calls()) == 1 and whole(toy) and nothing_lies_about(toy)
+    assert len(toy.calls()) == 1 and toy.conversions.read_text() == "converted\n"
+    assert whole(toy) and nothing_lies_about(toy)
 
 
 def test_a_process_killed_while_it_converts_leaves_nothing_in_the_way(toy):

@@ -114,9 +114,12 @@ def test_a_cpu_computes_in_bf16_only_with_instructions_for_it(monkeypatch, instr
 @pytest.mark.parametrize("amx, avx, expected", [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")])
 def test_an_older_torch_is_asked_in_its_own_way(monkeypatch, amx, avx, expected):
     monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx, raising=False)
     assert profiles.precision("cpu") == expected
+    monkeypatch.delattr("torch.cpu._is_amx_tile_supported")
+    monkeypatch.delattr("torch.cpu._is_avx512_bf16_supported")
+    assert profiles.precision("cpu") == "fp32"
 
 
 def test_other_devices_stay_in_fp32():
