@@ -186,16 +186,24 @@ def encode(model: nn.Module, tokenizer, data: Sequence[dict]) -> list[Row]:
     return rows
 
 
-def passes(rows: list[Row], max_tokens: int) -> Iterator[list[Row]]:
-    """The rows sorted by length and cut so that rows × longest ≤ max_tokens (one row always fits)."""
-    chunk: list[Row] = []
-    for row in sorted(rows, key=len, reverse=True):              # longest first: memory peaks early
-        if chunk and len(chunk[0]) * (len(chunk) + 1) > max_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(row)
-    if chunk:
-        yield chunk
+def passes(rows: list[Row], max_tokens: int) -> list[list[Row]]:
+    """The rows sorted by length, longest first, and cut so that rows × longest ≤ max_tokens.
+
+    A row longer than that goes alone. Of all limits that give as few passes, the smallest is taken:
+    passes of equal size need the least memory and waste the least padding.
+    """
+    def cut(limit: int) -> list[list[Row]]:
+        chunks = [[rows[0]]]
+        for row in rows[1:]:
+            if len(chunks[-1][0]) * (len(chunks[-1]) + 1) > limit:
+                chunks.append([])
+            chunks[-1].append(row)
+        return chunks
+
+    rows = sorted(rows, key=len, reverse=True)
+    fewest = len(cut(max_tokens))
+    limits = range(max_tokens // 32, max_tokens, max(1, max_tokens // 32))
+    return next((c for c in map(cut, limits) if len(c) == fewest), cut(max_tokens))
 
 
 def batch_of(rows: Sequence[Row], batch_size: int, seed: int, step: int) -> list[Row]:
@@ -254,7 +262,7 @@ def loss_of(model: nn.Module, rows: list[Row], pad: int) -> tuple[Tensor, Tensor
 # ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: int = 2048,
+def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: int = 512,
              precision: str = "auto") -> dict:
     """Mean loss over the targets and the share of them guessed right, dropout off.
 

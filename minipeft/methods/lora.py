@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import anatomy
@@ -59,6 +58,8 @@ class LoRA:
             raise ValueError(f"dropout is {self.dropout!r}; accepted is a number from 0 to below 1")
         if self.init not in INITS:
             raise ValueError(f"init is {self.init!r}; accepted are {', '.join(map(repr, INITS))}")
+        if not isinstance(self.rslora, bool):
+            raise ValueError(f"rslora is {self.rslora!r}; accepted are True and False")
 
     @property
     def scale(self) -> float:
@@ -93,8 +94,8 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.dropout is not None:
             x = self.dropout(x)
-        h = F.linear(x, self.A.to(x.dtype))                      # (…, r) = x Aᵀ
-        return AddProduct.apply(y, h.to(y.dtype), self.B.to(y.dtype), self.scale)
+        # y + s (x Aᵀ) Bᵀ, in the precision in which the base computes
+        return AddLowRank.apply(y, x.to(y.dtype), self.A.to(y.dtype), self.B.to(y.dtype), self.scale)
 
     def delta(self) -> Tensor:
         """ΔW = s B A, (out, in)."""
@@ -105,28 +106,39 @@ class LowRank(nn.Module):
         return (W.to(self.A.dtype) + self.delta()).to(W.dtype)
 
 
-class AddProduct(torch.autograd.Function):
-    """y + s h Bᵀ, written into y: no second (…, out) tensor is made.
+class AddLowRank(torch.autograd.Function):
+    """y + s (x Aᵀ) Bᵀ, written into y: no second (…, out) tensor is made.
 
     y (…, out) is what a frozen linear module just returned. Autograd needs no linear's output for
-    its backward pass, so it can be overwritten. h (…, r), B (out, r).
+    its backward pass, so it can be overwritten. x (…, in), A (r, in), B (out, r); N = all of "…".
+
+    Each product is written so that the long sides N, in, out are contiguous and the short side r is
+    not: A xᵀ (r, N) where the formula says x Aᵀ (N, r). BLAS then takes a half to a sixth of the time.
     """
 
     @staticmethod
-    def forward(ctx, y, h, B, s):
-        ctx.save_for_backward(h, B)
+    def forward(ctx, y, x, A, B, s):
+        x = x.reshape(-1, x.shape[-1])                           # (N, in)
+        h = A @ x.T                                              # (r, N)
+        if y.is_contiguous():
+            y.view(-1, y.shape[-1]).addmm_(h.T, B.T, alpha=s)    # (N, out)
+        else:
+            y.add_((h.T @ B.T).view(y.shape), alpha=s)
+        ctx.save_for_backward(x, h, A, B)
         ctx.s = s
         ctx.mark_dirty(y)
-        if y.is_contiguous():
-            y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), B.T, alpha=s)
-        else:
-            y.add_(h @ B.T, alpha=s)
         return y
 
     @staticmethod
-    def backward(ctx, g):                                        # g = ∂loss/∂y', (…, out)
-        h, B = ctx.saved_tensors
-        flat = g.reshape(-1, g.shape[-1])
-        grad_h = (flat @ B).mul_(ctx.s).view(h.shape)            # s g B
-        grad_B = (flat.T @ h.reshape(-1, h.shape[-1])).mul_(ctx.s)  # s gᵀ h
-        return g, grad_h, grad_B, None
+    def backward(ctx, grad_y):                                   # ∂loss/∂y', (…, out)
+        x, h, A, B = ctx.saved_tensors
+        g = grad_y.reshape(-1, grad_y.shape[-1])                 # (N, out)
+        grad_h = ctx.s * (B.T @ g.T)                             # (r, N)
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[1]:
+            grad_x = (grad_h.T @ A).view(*grad_y.shape[:-1], A.shape[1])  # (…, in)
+        if ctx.needs_input_grad[2]:
+            grad_A = grad_h @ x                                  # (r, in)
+        if ctx.needs_input_grad[3]:
+            grad_B = ctx.s * (h @ g).T                           # (out, r)
+        return grad_y, grad_x, grad_A, grad_B, None

@@ -1,0 +1,262 @@
+"""Measured beside Hugging Face PEFT, in one run: `make bench`.
+
+    python tests/bench.py [--repeats 3] [--steps 8] [--only finetune,attach,import]
+
+Every figure is a ratio, ours / theirs, of medians over repeats that take turns, each repeat in a
+process of its own, so that what else the machine does falls on both alike. The results go to
+`data/results/bench.json` with date, versions and machine.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+BATCH, RANK, RATE, EVALUATED = 16, 8, 1e-3, 64
+ASKED = {
+    "fine-tune: wall-clock time": 0.6,
+    "fine-tune: peak memory": 0.6,
+    "attach LoRA to all linears of SmolLM2": None,   # asked as seconds: 0.1
+    "import, beyond import torch": None,             # asked as seconds: 0.3
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# The workers: one process, one side, one measurement, one line of JSON
+# ---------------------------------------------------------------------------------------------
+
+def cards(steps: int):
+    """The same examples in the same order for both sides: steps × BATCH to train on, then some to score."""
+    import random
+
+    import minipeft as mp
+    train = list(mp.load_data("drug_cards", "train"))
+    random.Random(0).shuffle(train)
+    held_out = list(mp.load_data("drug_cards", "validation"))
+    random.Random(1).shuffle(held_out)
+    return train[: steps * BATCH], held_out[:EVALUATED]
+
+
+def watched():
+    """(bytes in use now, function that gives the peak since)."""
+    from minipeft import profiles
+    profiles.reset_peak_memory("cpu")
+    return profiles.memory_in_use("cpu"), lambda: profiles.peak_memory("cpu")
+
+
+def finetune_ours(steps: int, seed: int) -> dict:
+    import torch
+
+    import minipeft as mp
+    from minipeft import training
+    model, tokenizer = mp.load_base("smollm2-135m")
+    train, held_out = cards(steps)
+    torch.manual_seed(seed)
+    mp.attach(model, mp.LoRA(rank=RANK, alpha=2 * RANK, targets="all-linear"))
+    training._epoch_order = lambda n, seed, epoch: list(range(n))    # the order of `cards`
+    loaded, peak = watched()
+    began = time.perf_counter()
+    result = mp.fit(model, tokenizer, train, mp.FitConfig(
+        steps=steps, batch_size=BATCH, lr=RATE, warmup=0.1, max_tokens=256, progress=False), eval_data=held_out)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "peak": peak(), "above_loaded": peak() - loaded,
+            "eval_loss": result.evaluation["loss"], "steps": sum(h["seconds"] for h in result.history),
+            "where": where(model, tokenizer, train[:BATCH])}
+
+
+def finetune_peft(steps: int, seed: int) -> dict:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.data import SequentialSampler
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    import minipeft as mp
+    from minipeft import profiles
+    model, tokenizer = mp.load_base("smollm2-135m")
+    train, held_out = cards(steps)
+
+    def encoded(examples):
+        rows = []
+        for e in examples:
+            prompt = tokenizer(e["prompt"])["input_ids"]
+            answer = tokenizer(e["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            rows.append({"input_ids": prompt + answer, "attention_mask": [1] * len(prompt + answer),
+                         "labels": [-100] * len(prompt) + answer})
+        return rows
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return SequentialSampler(self.train_dataset)
+
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
+            learning_rate=RATE, lr_scheduler_type="cosine", warmup_steps=round(0.1 * steps), weight_decay=0.0,
+            max_grad_norm=1.0, optim="adamw_torch_fused", use_cpu=True, report_to=[], save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, bf16=profiles.precision("cpu") == "bf16", dataloader_pin_memory=False)
+        trainer = InOrder(model, arguments, DataCollatorForSeq2Seq(tokenizer, padding=True),
+                          train_dataset=encoded(train), eval_dataset=encoded(held_out))
+        loaded, peak = watched()
+        began = time.perf_counter()
+        trainer.train()
+        trained = time.perf_counter() - began
+        loss = trainer.evaluate()["eval_loss"]
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds, "peak": peak(), "above_loaded": peak() - loaded, "eval_loss": loss, "steps": trained}
+
+
+def where(model, tokenizer, examples) -> dict:
+    """Seconds of one of our steps by kind of operation, so that a ratio that falls short can be explained."""
+    import torch
+
+    from minipeft import training
+    rows = training.encode(model, tokenizer, examples)
+    model.train()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for chunk in training.passes(rows, 256):
+            training.loss_of(model, chunk, tokenizer.pad_token_id)[0].backward()
+    kinds = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
+             "attention": ("scaled_dot_product",), "softmax and loss": ("log_softmax", "nll_loss", "argmax")}
+    times = dict.fromkeys([*kinds, "the rest"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((k for k, names in kinds.items() if any(
+            event.key == n or (not n.startswith("aten::") and n in event.key) for n in names)), "the rest")
+        times[kind] += event.self_cpu_time_total / 1e6
+    return {k: round(v, 3) for k, v in times.items()}
+
+
+def attach_ours(steps, seed) -> dict:
+    import minipeft as mp
+    model, _ = mp.load_base("smollm2-135m")
+    mp.attach(model, mp.LoRA(targets="all-linear"))
+    mp.detach(model)
+    began = time.perf_counter()
+    mp.attach(model, mp.LoRA(targets="all-linear"))
+    return {"seconds": time.perf_counter() - began}
+
+
+def attach_peft(steps, seed) -> dict:
+    from peft import LoraConfig, get_peft_model
+
+    import minipeft as mp
+    model, _ = mp.load_base("smollm2-135m")
+    get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")).unload()
+    began = time.perf_counter()
+    get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    return {"seconds": time.perf_counter() - began}
+
+
+def import_ours(steps, seed) -> dict:
+    import torch  # noqa: F401
+    began = time.perf_counter()
+    import minipeft  # noqa: F401
+    return {"seconds": time.perf_counter() - began}
+
+
+def import_peft(steps, seed) -> dict:
+    import torch  # noqa: F401
+    began = time.perf_counter()
+    import peft  # noqa: F401
+    return {"seconds": time.perf_counter() - began}
+
+
+# ---------------------------------------------------------------------------------------------
+# Taking turns
+# ---------------------------------------------------------------------------------------------
+
+def measure(worker: str, steps: int, seed: int) -> dict:
+    done = subprocess.run([sys.executable, __file__, "--worker", worker, "--steps", str(steps), "--seed", str(seed)],
+                          capture_output=True, text=True, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    if done.returncode:
+        raise SystemExit(f"{worker} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def take_turns(what: str, steps: int, repeats: int) -> tuple[list[dict], list[dict]]:
+    from tqdm import tqdm
+    ours, theirs = [], []
+    for repeat in tqdm(range(repeats), desc=what, unit="turn"):
+        sides = [(ours, f"{what}_ours"), (theirs, f"{what}_peft")]
+        for kept, worker in sides if repeat % 2 == 0 else sides[::-1]:
+            kept.append(measure(worker, steps, repeat))
+    return ours, theirs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of the fine-tune")
+    parser.add_argument("--only", default="import,attach,finetune")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.worker:
+        print(json.dumps(globals()[chosen.worker](chosen.steps, chosen.seed)))
+        return
+
+    rows, details = [], {}
+    for what in chosen.only.split(","):
+        ours, theirs = take_turns(what, chosen.steps, chosen.repeats)
+        details[what] = {"ours": ours, "peft": theirs}
+
+        def row(name, key, asked, unit, scale=1.0, a=ours, b=theirs):
+            x, y = (statistics.median(r[key] for r in side) / scale for side in (a, b))
+            limit = asked * y if unit != "s, absolute" else asked
+            rows.append({"what": name, "ours": x, "peft": y, "ratio": x / y, "asked": asked, "unit": unit,
+                         "reached": bool(x <= limit)})
+
+        if what == "finetune":
+            row("fine-tune: wall-clock time", "seconds", 0.6, "s")
+            row("fine-tune: peak memory of the process", "peak", 0.6, "GiB", 2**30)
+            row("fine-tune: peak memory above the loaded model", "above_loaded", 0.6, "GiB", 2**30)
+            losses = [[r["eval_loss"] for r in side] for side in (ours, theirs)]
+            gap = statistics.median(losses[0]) - statistics.median(losses[1])
+            noise = max(max(side) - min(side) for side in losses)
+            details["eval loss"] = {"ours": losses[0], "peft": losses[1], "difference of medians": gap,
+                                    "spread over seeds": noise, "within noise": abs(gap) <= max(noise, 0.01)}
+        elif what == "attach":
+            row("attach LoRA to all linears of SmolLM2", "seconds", 0.1, "s, absolute")
+        elif what == "import":
+            row("import, beyond import torch", "seconds", 0.3, "s, absolute")
+
+    print(f"\n{'':48}{'ours':>9}{'peft':>9}{'ratio':>8}   asked")
+    for r in rows:
+        asked = f"≤ {r['asked']} s" if r["unit"] == "s, absolute" else f"ratio ≤ {r['asked']}"
+        print(f"{r['what']:48}{r['ours']:9.3f}{r['peft']:9.3f}{r['ratio']:8.2f}   {asked}  {'reached' if r['reached'] else 'NOT reached'}")
+    if "finetune" in details:
+        e = details["eval loss"]
+        print(f"\nfinal evaluation loss: ours {statistics.median(e['ours']):.4f}, peft {statistics.median(e['peft']):.4f}, "
+              f"spread over seeds {e['spread over seeds']:.4f}: {'within noise' if e['within noise'] else 'NOT within noise'}")
+        print("where one of our steps spends its time (s, profiled):", details["finetune"]["ours"][-1]["where"])
+    write(rows, details, chosen)
+
+
+def write(rows, details, chosen) -> None:
+    from importlib.metadata import version
+
+    from minipeft.lab import machine
+    path = REPOSITORY / "data" / "results" / "bench.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({
+        "command": "make bench", "date": time.strftime("%Y-%m-%d"), "repeats": chosen.repeats, "steps": chosen.steps,
+        "versions": {p: version(p) for p in ("torch", "transformers", "peft")}, "machine": machine_words(machine),
+        "rows": rows, "details": details}, indent=1) + "\n")
+
+
+def machine_words(machine) -> str:
+    import platform
+
+    import psutil
+    return f"{platform.machine()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+
+
+if __name__ == "__main__":
+    main()
