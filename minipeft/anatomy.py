@@ -150,9 +150,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (module.nf, module.nx) if is_transposed(module) else (module.out_features, module.in_features)
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """path -> module of the base, without what is plugged in under `minipeft`."""
-    return {path: m for path, m in model.named_modules() if path.split(".")[0] != "minipeft"}
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """path -> module of the base, without what is plugged in under `minipeft`: that is not even walked through."""
+    seen = {model}
+    below = (child.named_modules(seen, name) for name, child in model.named_children() if name != "minipeft")
+    return {"": model} | {path: m for modules in below for path, m in modules}
 
 
 def _inside(path: str, *scopes: str) -> bool:
@@ -173,7 +175,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
     Raises ValueError if it has no attention that can be recognised.
     """
-    modules = _modules(model)
+    modules = base_modules(model)
     blocks: list[Block] = []
     for path, module in modules.items():
         if isinstance(module, nn.ModuleList) and not _inside(path, *(block.path for block in blocks)):
@@ -331,7 +333,7 @@ def match(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """
     if not targets or not isinstance(targets, str | list | tuple | set | frozenset):
         raise ValueError(f"targets is {targets!r}; accepted are {_TARGETS}")
-    modules = _modules(model)
+    modules = base_modules(model)
     wanted: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         if not isinstance(target, str) or not target:

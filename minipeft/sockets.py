@@ -22,6 +22,7 @@ import difflib
 import inspect
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 
@@ -112,11 +113,21 @@ def attach(model: nn.Module, method, name: str = "default") -> Adapter:
     """
     if not hasattr(method, "pieces"):
         raise TypeError(f"method is {method!r}; accepted is a method's settings, such as mp.LoRA()")
-    _check_new_name(model, name)
-    sites = [*method.pieces(model), *_own_head(model)]
-    adapter = Adapter(name, method, sites)
-    adapter.train(model.training)
+    check_new_name(model, name)
+    heads = [("module", path, OwnHead(model.get_submodule(path))) for path in own_heads(model)]
+    sites = [site for site in method.pieces(model)   # what is trained whole needs nothing else
+             if not any(f"{site[1]}.".startswith(f"{path}.") for _, path, _ in heads)]
+    if heads and not sites:
+        raise ValueError(f"{method} means only the output head {heads[0][1]!r}, which every adapter trains whole")
+    adapter = Adapter(name, method, [*sites, *heads])
+    plug(model, adapter)
+    return adapter
 
+
+def plug(model: nn.Module, adapter: Adapter) -> None:
+    """Plug a finished adapter in, under its name: what `attach` and `load_adapter` end with."""
+    adapter.train(model.training)
+    name = adapter.name
     home = getattr(model, HOME, None)
     if home is None:
         home = Adapters(model)
@@ -126,24 +137,22 @@ def attach(model: nn.Module, method, name: str = "default") -> Adapter:
             model.register_forward_pre_hook(RootPlug(home), with_kwargs=True),
             model.register_forward_hook(IdleReport(home)),
         ]
-    for socket, path, piece in sites:
+    pieces = adapter.pieces()
+    for socket, path in adapter.sites:
         if socket == "module":
-            plug = home.plugs.get(path)
-            if plug is None:
-                plug = home.plugs[path] = ModulePlug(home, path)
-                module = model.get_submodule(path)
-                plug.handle = module.register_forward_hook(plug, with_kwargs=True)
-            plug.pieces[name] = piece
+            if path not in home.plugs:
+                hook = home.plugs[path] = ModulePlug(home, path)
+                hook.handle = model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+            home.plugs[path].pieces[name] = pieces[path]
         elif socket == "key/value":
-            _plug_attention(home, name, model.get_submodule(path), path, piece)
+            _plug_attention(home, name, model.get_submodule(path), path, pieces[path])
     home.add_module(name, adapter)
     home.active += (name,)
-    return adapter
 
 
 def detach(model: nn.Module, name: str = "default") -> None:
     """Take an adapter out. After the last one the model is bit-identical to before."""
-    home, adapter = _home(model), _adapter(model, name)
+    home, adapter = _home(model), the_adapter(model, name)
     if name in home.merged:
         unmerge(model, name)
     for socket, path in adapter.sites:
@@ -172,7 +181,7 @@ def activate(model: nn.Module, names: str | list[str] | tuple[str, ...] | None) 
     home = _home(model)
     wanted = () if names is None else (names,) if isinstance(names, str) else tuple(names)
     for n in wanted:
-        _adapter(model, n)
+        the_adapter(model, n)
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"names is {list(wanted)}: each adapter can act only once")
     left = [n for n in home.merged if n not in wanted]
@@ -199,7 +208,7 @@ def merge(model: nn.Module, name: str = "default") -> None:
     The weights as they were are kept, so that `unmerge` gives them back to the bit.
     Raises `TypeError` where the method's pieces cannot be folded, before anything is changed.
     """
-    home, adapter = _home(model), _adapter(model, name)
+    home, adapter = _home(model), the_adapter(model, name)
     if name in home.merged:
         raise ValueError(f"adapter {name!r} is merged already")
     if name not in home.active:
@@ -213,17 +222,15 @@ def merge(model: nn.Module, name: str = "default") -> None:
                 f"{path!r} is not a change of a weight (LoRA, DoRA and (IA)³ are)"
             )
         _check_weight_can_take(model, path)
-    home.merged += (name,)
-    _refold(model, home, set(adapter.pieces()))
+    _refold(model, home, adapter, (*home.merged, name))
 
 
 def unmerge(model: nn.Module, name: str = "default") -> None:
     """Take a merged adapter out of the weights again, to the bit (from the kept originals)."""
-    home, adapter = _home(model), _adapter(model, name)
+    home, adapter = _home(model), the_adapter(model, name)
     if name not in home.merged:
         raise ValueError(f"adapter {name!r} is not merged (merged: {list(home.merged) or 'none'})")
-    home.merged = tuple(n for n in home.merged if n != name)
-    _refold(model, home, set(adapter.pieces()))
+    _refold(model, home, adapter, tuple(n for n in home.merged if n != name))
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -272,7 +279,7 @@ def _home(model) -> Adapters:
     return home
 
 
-def _adapter(model, name) -> Adapter:
+def the_adapter(model, name) -> Adapter:
     known = _home(model)._modules
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
@@ -281,7 +288,7 @@ def _adapter(model, name) -> Adapter:
     return known[name]
 
 
-def _check_new_name(model, name) -> None:
+def check_new_name(model, name) -> None:
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"name is {name!r}; accepted is a non-empty string without a dot")
     home = getattr(model, HOME, None)
@@ -305,28 +312,31 @@ def _check_weight_can_take(model, path) -> None:
 
 
 @torch.no_grad()
-def _refold(model, home: Adapters, paths) -> None:
-    """Set these weights to the original with every merged adapter folded in, in order.
+def _refold(model, home: Adapters, adapter: Adapter, merged: tuple[str, ...]) -> None:
+    """Set the weights below `adapter` to the original with every adapter of `merged` folded in, in order.
 
     All new weights are made before the first is written: an error leaves the model as it was.
     """
+    all_pieces = {name: home._modules[name].pieces() for name in merged}
     folded = {}
-    for path in paths:
+    for path, piece in adapter.pieces().items():
+        if isinstance(piece, OwnHead):           # acts through its hook, merged or not
+            continue
         module = model.get_submodule(path)
         W = home.originals.get(path, module.weight).detach()
         original = W.clone()
-        for name in home.merged:
-            piece = home._modules[name].pieces().get(path)
-            if piece is not None and not isinstance(piece, OwnHead):
-                W = piece.merged(W.T if anatomy.is_transposed(module) else W)  # (out, in)
-                W = W.T if anatomy.is_transposed(module) else W
-        folded[path] = (original, W)
+        here = [all_pieces[name][path] for name in merged if path in all_pieces[name]]
+        for piece in here:
+            W = piece.merged(W.T if anatomy.is_transposed(module) else W)  # (out, in)
+            W = W.T if anatomy.is_transposed(module) else W
+        folded[path] = (original if here else None, W)
     for path, (original, W) in folded.items():
         model.get_submodule(path).weight.copy_(W)
-        if any(path in home._modules[n].pieces() for n in home.merged):
+        if original is not None:
             home.originals[path] = original
         else:
             home.originals.pop(path, None)
+    home.merged = merged
 
 
 # ---------------------------------------------------------------------------------------------
@@ -355,22 +365,31 @@ class ModulePlug:
 
 
 class OwnHead(nn.Module):
-    """y' = head(x), with the adapter's own trained copy of a classification head; y is not used."""
+    """y' = head(x), with the adapter's own trained copy of a classification head; y is not used.
 
-    def __init__(self, module: nn.Module):
+    `copy` has the head's parameters by the head's names, at least in float32.
+    """
+
+    def __init__(self, head: nn.Module):
         super().__init__()
-        self.copy = copy.deepcopy(module).requires_grad_(True)
+        # a copy of the head alone: of its hooks, which may lead to other adapters, it gets none
+        no_hooks = {id(m._forward_hooks): OrderedDict() for m in head.modules()}
+        self.copy = copy.deepcopy(head, no_hooks).to(**trainable_like(head)).requires_grad_(True)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.copy(x)
+        return self.copy(x.to(next(self.copy.parameters()).dtype)).to(y.dtype)
 
 
-def _own_head(model) -> Iterator[tuple[str, str, nn.Module]]:
-    """A model with labels and without a vocabulary to predict has a head that each task must train."""
-    if getattr(model, "get_output_embeddings", lambda: model)() is None:
-        path = anatomy.anatomy(model).head
-        if path is not None:
-            yield "module", path, OwnHead(model.get_submodule(path))
+def own_heads(model: nn.Module) -> list[str]:
+    """The paths of a classification head, which has nothing to start from, so that each task must train it.
+
+    Models with a vocabulary to predict have none. What stands beside the base and is called after the
+    head belongs to it (DistilBERT: `pre_classifier` and `classifier`), as in Hugging Face PEFT.
+    """
+    if getattr(model, "get_output_embeddings", lambda: model)() is not None:
+        return []
+    head = anatomy.anatomy(model).head
+    return [name for name, _ in model.named_children() if head is not None and name.endswith(head)]
 
 
 class IdleReport:
