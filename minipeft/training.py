@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -207,19 +208,28 @@ def passes(rows: list[Row], max_tokens: int) -> list[list[Row]]:
 
 
 def batch_of(rows: Sequence[Row], batch_size: int, seed: int, step: int) -> list[Row]:
-    """The rows of one optimizer step: shuffled anew in each epoch, a function of (seed, step)."""
-    chosen, n = [], len(rows)
-    for i in range(step * batch_size, (step + 1) * batch_size):
-        order = _epoch_order(n, seed, i // n)
-        chosen.append(rows[order[i % n]])
-    return chosen
+    """The rows of one optimizer step, a function of (seed, step). Each epoch holds every row once."""
+    n = len(rows)
+    wanted = range(step * batch_size, (step + 1) * batch_size)
+    return [rows[epoch_order(rows, batch_size, seed, i // n)[i % n]] for i in wanted]
 
 
-def _epoch_order(n: int, seed: int, epoch: int, kept={}) -> list[int]:
-    if (n, seed, epoch) not in kept:
-        kept.clear()
-        kept[n, seed, epoch] = random.Random(f"{seed} {epoch}").sample(range(n), n)
-    return kept[n, seed, epoch]
+def epoch_order(rows: Sequence[Row], batch_size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The rows shuffled; then, among the rows of every eight batches, those of similar length put
+    into the same batch, so that little is padded while each batch stays a random draw."""
+    return _epoch_order(tuple(map(len, rows)), batch_size, seed, epoch)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    draw = random.Random(f"{seed} {epoch}")
+    shuffled = draw.sample(range(len(lengths)), len(lengths))
+    order: list[int] = []
+    for start in range(0, len(shuffled), 8 * batch_size):
+        window = sorted(shuffled[start:start + 8 * batch_size], key=lengths.__getitem__)
+        batches = [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+        order += (i for batch in draw.sample(batches, len(batches)) for i in batch)
+    return tuple(order)
 
 
 def _pad(sequences: list[list[int]], value: int, device) -> Tensor:

@@ -155,6 +155,18 @@ def test_how_a_batch_is_cut_into_passes_does_not_change_the_step():
         assert all(torch.allclose(results[0][n], other[n], rtol=1e-9, atol=1e-12) for n in other)
 
 
+def test_rows_of_similar_length_share_a_batch():
+    lengths = [10 + (7 * i) % 64 for i in range(640)]
+    rows = [training.Row([2] * n, start=1) for n in lengths]
+    def padded(batches):
+        return sum(len(b) * max(map(len, b)) for b in batches)
+    grouped = [training.batch_of(rows, 8, 0, s) for s in range(80)]
+    shuffled = [rows[8 * s:8 * s + 8] for s in range(80)]
+    assert padded(grouped) < 1.15 * sum(lengths) < padded(shuffled)
+    firsts = [training.batch_of(rows, 8, 0, s)[0] for s in range(8)]
+    assert sorted(map(len, firsts)) != list(map(len, firsts))      # short and long batches alternate
+
+
 # --- training ---------------------------------------------------------------------------------
 
 def test_one_step_is_adamw_on_the_mean_loss():
