@@ -106,7 +106,9 @@ def test_the_meta_device_gives_the_same_anatomy(family, model):
 
     with torch.device("meta"):
         empty = getattr(transformers, FAMILIES[family].model_class)(FAMILIES[family].config())
+        projection, rows = anatomy(empty).blocks[0].attentions[0].part("k")
     assert anatomy(empty) == anatomy(model)
+    assert rows.device.type == "cpu" and rows.max() < projection.out_features
 
 
 # ---------------------------------------------------------------- which rows are q, k, v
@@ -256,6 +258,7 @@ def test_other_heads_and_bare_models(name, config, head, side):
     model_class = getattr(transformers, name)
     found = anatomy(model_class(model_class.config_class(**config)))
     assert found.head == head
+    assert [block.side for block in found.blocks] == [side, side]
 
 
 def test_a_model_without_attention_is_refused_by_name():
