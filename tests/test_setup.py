@@ -121,7 +121,9 @@ def test_the_constraints_are_dated_exact_and_fit_every_machine():
 def imports_of(file: Path) -> set[str]:
     """Top-level names of the modules that a Python file imports, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    # Notebook sources have lines for the shell ("!pip …") and for Jupyter ("%magic").
+    code = re.sub(r"^(\s*)[!%].*", r"\1pass", file.read_text(), flags=re.M)
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
