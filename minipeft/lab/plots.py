@@ -44,7 +44,7 @@ _STYLE = {
 def style():
     """The course's matplotlib style, as a context: `with lab.style(): ...`."""
     import matplotlib.pyplot as plt
-    from cycler import cycler
+    from matplotlib import cycler
 
     cycle = [COLOURS[name] for name in ("blue", "orange", "green", "vermilion", "purple", "sky")]
     return plt.rc_context(_STYLE | {"axes.prop_cycle": cycler(color=cycle)})
