@@ -279,7 +279,8 @@ def _home(model) -> Adapters:
     return home
 
 
-def the_adapter(model, name) -> Adapter:
+def the_adapter(model: nn.Module, name: str) -> Adapter:
+    """The adapter of this name; `ValueError` with the nearest name if there is none."""
     known = _home(model)._modules
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
@@ -288,7 +289,8 @@ def the_adapter(model, name) -> Adapter:
     return known[name]
 
 
-def check_new_name(model, name) -> None:
+def check_new_name(model: nn.Module, name: str) -> None:
+    """`ValueError` unless an adapter may be plugged in under this name."""
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"name is {name!r}; accepted is a non-empty string without a dot")
     home = getattr(model, HOME, None)

@@ -1,0 +1,450 @@
+"""Adapters on disk, in Hugging Face PEFT's format: PEFT opens ours, and its own open here.
+
+A checkpoint is a folder with two files:
+
+    adapter_config.json          the settings, under PEFT's names
+    adapter_model.safetensors    the trained tensors, by keys made of the modules' paths:
+
+        LoRA        base_model.model.<path>.lora_A.weight (r, in) and .lora_B.weight (out, r)
+        own head    base_model.model.<path>.weight and .bias, among PEFT's `modules_to_save`
+
+A further method is one more entry of FORMATS. Pickles are never read: unpickling runs code. Reading
+checks everything first and touches the model last, so an error leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import anatomy, sockets
+from .methods.lora import LoRA
+from .sockets import Adapter, OwnHead
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT wraps a model twice, and its keys say so
+
+
+@dataclass(frozen=True)
+class Format:
+    """How PEFT writes one method down.
+
+    fixed      fields that always have this value
+    fields     method -> its other fields
+    settings   (fields, paths of the modules, shapes of the tensors) -> settings of the method, but for
+               `targets`. It must refuse sizes that the tensors do not have: the pieces are built next
+    reads      names of the fields that `settings` looks at beside those that `fields` writes
+    key        (module's path, parameter of the piece) -> key in the file
+    """
+
+    method: type
+    peft_type: str
+    fixed: dict
+    fields: Callable[[object], dict]
+    settings: Callable[[dict, list[str], dict], dict]
+    reads: tuple[str, ...]
+    key: Callable[[str, str], str]
+
+
+# ------------------------------------------------------------------------------------------- LoRA
+
+def _lora_fields(lora: LoRA) -> dict:
+    return {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora,
+            "init_lora_weights": True if lora.init == "kaiming" else lora.init}
+
+
+def _lora_settings(config: dict, paths: list[str], shapes: dict) -> dict:
+    init = config.get("init_lora_weights", True)
+    if init not in (True, False, "gaussian", "orthogonal", "eva"):  # after training these are plain LoRA
+        raise ValueError(f"init_lora_weights is {init!r}, which changes more than A and B when it starts; accepted are "
+                         "true, false, 'gaussian', 'orthogonal' and 'eva' (PEFT can convert while it saves: "
+                         "path_initial_model_for_weight_conversion)")
+    rank = _same_for_all("r", config.get("r", 8), config.get("rank_pattern"), paths)
+    alpha = _same_for_all("lora_alpha", config.get("lora_alpha", 8), config.get("alpha_pattern"), paths)
+    rows = {shape[0]: key for key, shape in shapes.items()
+            if key.endswith(".lora_A.weight") and len(shape) == 2 and all(shape)}
+    if not rows:
+        raise ValueError(f"{TENSORS} has no lora_A.weight (r, in)")
+    for found, key in rows.items():
+        if found != rank:
+            raise ValueError(f"r is {rank!r}, but {key} has {found} rows")
+    return {"rank": rank, "alpha": alpha, "dropout": config.get("lora_dropout", 0.0),
+            "init": "gaussian" if init == "gaussian" else "kaiming", "rslora": config.get("use_rslora", False)}
+
+
+def _same_for_all(field: str, usual, pattern: dict | None, paths: list[str]):
+    """The one value that a field has on all modules; PEFT can give some of them another, we cannot."""
+    if not isinstance(pattern or {}, dict):
+        raise ValueError(f"the pattern for {field} is {pattern!r}; accepted is a table of module names and values")
+    values = {path: next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)),
+                         usual) for path in paths}
+    one, first = next(iter(values.items()))
+    for path, value in values.items():
+        if value != first:
+            raise ValueError(f"{field} is {first!r} for {one} and {value!r} for {path}; accepted is one for all "
+                             "modules")
+    return first
+
+
+FORMATS = (
+    Format(LoRA, "LORA", {"bias": "none", "use_dora": False}, _lora_fields, _lora_settings,
+           ("rank_pattern", "alpha_pattern"), lambda path, parameter: f"{PREFIX}{path}.lora_{parameter}.weight"),
+)
+
+# Fields that change nothing here: where it came from, how PEFT started it, defaults that are never empty.
+_NOTES = ("peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type",
+          "fan_in_fan_out", "peft_type", "eva_config", "loftq_config", "megatron_core", "qalora_group_size")
+_WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+
+
+# ------------------------------------------------------------------------------------------- save
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> None:
+    """Write the adapter `name` as a PEFT checkpoint: `adapter_config.json` and `adapter_model.safetensors`.
+
+    `folder` and its parents are made where they are missing; an older checkpoint in it is replaced
+    when the new files are complete, so that whatever interrupts the save, one of the two is whole.
+    The base's name is recorded unless it is a path of this machine.
+    Raises `ValueError` for an unknown adapter, `TypeError` for a method that has no format,
+    `FileExistsError` where `folder` is a file.
+    """
+    adapter, folder = sockets.the_adapter(model, name), Path(folder).expanduser()
+    text = json.dumps(_config(model, adapter), indent=2, sort_keys=True) + "\n"
+    tensors = {key: p.detach().cpu().contiguous() for key, p in _tensors(adapter).items()}
+    metadata = {"format": "pt", "sha256": _digest(tensors)}
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f"{place} is a file; a checkpoint is a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CONFIG).is_file():
+        before = (folder / CONFIG).read_bytes()
+        if before != text.encode():  # two files cannot change at once: what changes first carries the other
+            metadata |= {"replaces": hashlib.sha256(before).hexdigest(), CONFIG: text}
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as making:
+        save_file(tensors, Path(making, TENSORS), metadata)
+        Path(making, CONFIG).write_text(text, encoding="utf-8")
+        for file in (TENSORS, CONFIG):
+            with open(Path(making, file), "rb") as written:
+                os.fsync(written.fileno())
+        for file in (TENSORS, CONFIG):
+            os.replace(Path(making, file), folder / file)
+
+
+def _format_of(adapter: Adapter) -> Format:
+    for entry in FORMATS:
+        if type(adapter.method) is entry.method:
+            return entry
+    raise TypeError(f"adapter {adapter.name!r} is {type(adapter.method).__name__}, which has no checkpoint format; "
+                    f"those that have: {', '.join(entry.method.__name__ for entry in FORMATS)}")
+
+
+def _tensors(adapter: Adapter) -> dict[str, nn.Parameter]:
+    """Key in the file -> the parameter itself."""
+    key, found = _format_of(adapter).key, {}
+    for path, piece in adapter.pieces().items():
+        for name, p in piece.named_parameters():
+            if isinstance(piece, OwnHead):
+                found[PREFIX + path + name.removeprefix("copy")] = p
+            else:
+                found[key(path, name)] = p
+    return found
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for key, t in sorted(tensors.items()):
+        digest.update(f"{key} {t.dtype} {tuple(t.shape)} ".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _config(model: nn.Module, adapter: Adapter) -> dict:
+    entry, pieces = _format_of(adapter), adapter.pieces()
+    whole = sorted(path for path, piece in pieces.items() if isinstance(piece, OwnHead))
+    paths = [path for path in pieces if path not in whole]
+    return {
+        "peft_type": entry.peft_type,
+        "task_type": _task(model, whole),
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "base_model_name_or_path": _base_name(model),
+        "inference_mode": True,
+        "target_modules": _shortest(model, paths),
+        "modules_to_save": whole or None,
+        "fan_in_fan_out": any(anatomy.is_transposed(model.get_submodule(path)) for path in paths),
+        **entry.fixed,
+        **entry.fields(adapter.method),
+    }
+
+
+def _task(model: nn.Module, whole: list[str]) -> str | None:
+    """PEFT's task type, where it has one that fits; it decides which wrapper PEFT takes."""
+    if not hasattr(model, "can_generate"):
+        return None
+    if model.get_output_embeddings() is not None:
+        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM" if model.can_generate() else None
+    heads = sockets.own_heads(model)
+    if not heads:
+        return "FEATURE_EXTRACTION"
+    return "SEQ_CLS" if whole == sorted(heads) and "SequenceClassification" in type(model).__name__ else None
+
+
+def _base_name(model: nn.Module) -> str | None:
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    local = name and (name[0] == "~" or PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute())
+    return None if local else name
+
+
+def _shortest(model: nn.Module, paths: list[str]) -> list[str] | str:
+    """The shortest suffixes that mean exactly these modules, to PEFT and to `LoRA.targets`."""
+    ends_in: dict[str, set] = {}
+    for path in anatomy.base_modules(model):
+        for suffix in _suffixes(path):
+            ends_in.setdefault(suffix, set()).add(path)
+    wanted, found = set(paths), set()
+    for path in paths:
+        exact = [s for s in _suffixes(path) if ends_in[s] <= wanted and s not in ("attention", "all-linear")]
+        if not exact:  # another module's path ends in the whole of this one
+            return f"({'|'.join(map(re.escape, paths))})"
+        found.add(exact[0])
+    return sorted(found)
+
+
+def _suffixes(path: str) -> list[str]:
+    """a.b.c -> c, b.c, a.b.c"""
+    names = path.split(".")
+    return [".".join(names[i:]) for i in reversed(range(len(names)))]
+
+
+# ------------------------------------------------------------------------------------------- load
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Adapter:
+    """Attach the adapter that a checkpoint holds, ours or PEFT's, and activate it alone.
+
+    The pieces are at least float32, whatever the file's floating-point type is.
+    Raises `FileNotFoundError` for a missing folder or file, `ValueError` that names what does not
+    fit: damaged files, settings that have no meaning here, missing or surplus keys, shapes, a file
+    outside the folder. Nothing has been changed then. Warns if the base has another name.
+    """
+    sockets.check_new_name(model, name)
+    for merged in getattr(getattr(model, sockets.HOME, None), "merged", ()):
+        raise ValueError(f"adapter {merged!r} is merged into the base; unmerge it first")
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}; accepted is a local folder with {CONFIG} and {TENSORS} "
+                                "(huggingface_hub.snapshot_download fetches one from the Hub)")
+    config_file, tensors_file = _inside(folder, CONFIG), _inside(folder, TENSORS)
+    try:
+        adapter = _read(model, config_file, tensors_file, name)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    sockets.plug(model, adapter)
+    sockets.activate(model, name)
+    return adapter
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file `name` of a folder, if it really lies there. (The Hub's cache links snapshots/<x>/file to blobs/.)"""
+    path, root = folder / name, folder.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        root = root.parent.parent
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(f"{path} leads outside its folder, to {path.resolve()}; copy the file if you trust it")
+    if not path.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+        why = f"; {pickles[0]} is there, but of tensors only safetensors is read, for a pickle can run code: " \
+              "load it in PEFT and save it again" if pickles and name == TENSORS else ""
+        raise FileNotFoundError(f"no file {name} in {folder}{why}")
+    return path
+
+
+def _read(model: nn.Module, config_file: Path, tensors_file: Path, name: str) -> Adapter:
+    """The checkpoint as an adapter that is not plugged in yet."""
+    raw = config_file.read_bytes()
+    with _opened(tensors_file) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}
+        shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
+        metadata = file.metadata() or {}
+        if metadata.get("replaces") == hashlib.sha256(raw).hexdigest():  # a save was cut off between the two files
+            raw = metadata[CONFIG].encode()
+        config = _parsed(raw)
+        try:
+            entry, whole = _format_for(config), _trained_whole(model, config)
+            paths = _targeted(model, config, whole)
+            settings = entry.settings(config, paths, shapes)
+            method = entry.method(targets=_shortest(model, paths), **settings)
+            pieces = list(method.pieces(model))
+        except (ValueError, TypeError, OverflowError, re.error) as error:
+            raise ValueError(f"{CONFIG}: {error}{_made_for(config, model)}") from None
+        heads = [("module", path, OwnHead(model.get_submodule(path))) for path in whole]
+        adapter = Adapter(name, method, [*pieces, *heads])
+        parameters = _tensors(adapter)
+        _compare(model, config, parameters, slices, file)
+        tensors = {key: file.get_tensor(key) for key in shapes}
+    if "sha256" in metadata and metadata["sha256"] != _digest(tensors):
+        raise ValueError(f"{TENSORS} is corrupted: its bytes are not those that were saved")
+    with torch.no_grad():
+        for key, p in parameters.items():
+            p.copy_(tensors[key])
+    _compare_names(model, config)
+    return adapter
+
+
+@contextlib.contextmanager
+def _opened(path: Path):
+    """safetensors' reader, with its errors put into words."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is empty, truncated, corrupted or not a "
+                         f"safetensors file: {error}") from None
+
+
+def _parsed(raw: bytes) -> dict:
+    try:
+        config = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{CONFIG} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG} holds a {type(config).__name__}; accepted is a table of settings")
+    return config
+
+
+def _format_for(config: dict) -> Format:
+    """The entry of FORMATS that reads this config; every field must be one that it knows, or be empty."""
+    kind, known = config.get("peft_type"), sorted({entry.peft_type for entry in FORMATS})
+    entries = [entry for entry in FORMATS if entry.peft_type == kind]
+    if not entries:
+        near = difflib.get_close_matches(str(kind), known, n=1)
+        raise ValueError(f"peft_type is {kind!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                         + f" (accepted: {', '.join(known)})")
+
+    def differs(entry):
+        return [field for field, value in entry.fixed.items() if config.get(field, value) not in (value, None)]
+
+    entry = min(entries, key=lambda entry: len(differs(entry)))  # LoRA and DoRA share a type
+    for field in differs(entry):
+        raise ValueError(f"{field} is {config[field]!r}; accepted is {json.dumps(entry.fixed[field])}")
+    known = {*_NOTES, *_WHERE, *entry.fixed, *entry.fields(entry.method()), *entry.reads}
+    for field, value in config.items():
+        if field not in known and value not in (None, False, "none", [], {}):
+            raise ValueError(f"{field} is {value!r}, which minipeft cannot represent; accepted is null")
+    return entry
+
+
+def _trained_whole(model: nn.Module, config: dict) -> list[str]:
+    """PEFT's rule: `modules_to_save` means every module whose path ends in one of these strings."""
+    names = config.get("modules_to_save") or []
+    if isinstance(names, str) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"modules_to_save is {names!r}; accepted is a list of names")
+    if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        names = [*names, "classifier", "score"]
+    heads = sockets.own_heads(model)
+    found = [path for path in anatomy.base_modules(model) if path.endswith(tuple(names))] if names else []
+    for path in found:
+        if path not in heads:
+            raise ValueError(f"modules_to_save is {names!r}, so {path} is trained whole; accepted is only a "
+                             f"classification head ({', '.join(heads) or 'this model has none'})")
+    return found
+
+
+def _targeted(model: nn.Module, config: dict, heads: list[str]) -> list[str]:
+    """The paths that `target_modules` and the fields beside it mean, by PEFT's rule."""
+    targets, paths = config.get("target_modules"), anatomy.base_modules(model)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        found = anatomy.match(model, "all-linear")
+    else:
+        found = [path for path in paths if _means("target_modules", targets, path)]
+    if config.get("exclude_modules"):
+        found = [path for path in found if not _means("exclude_modules", config["exclude_modules"], path)]
+    found = [path for path in found if not any(f"{path}.".startswith(f"{head}.") for head in heads)]
+    layers = config.get("layers_to_transform")
+    if layers not in (None, []):
+        layers = [layers] if isinstance(layers, int) else layers
+        patterns = config.get("layers_pattern") or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            numbers = {path: re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path) for path in found}
+            if any(numbers.values()):
+                break
+        found = [path for path in found if numbers[path] and int(numbers[path][1]) in layers]
+    if not found:
+        linear = dict.fromkeys(p.rpartition(".")[2] for p in paths if anatomy.is_linear(model.get_submodule(p)))
+        raise ValueError(f"target_modules is {targets!r}, which means no module of this {type(model).__name__} "
+                         f"(modules: {', '.join(linear)})")
+    for path in found:
+        if not anatomy.is_linear(model.get_submodule(path)):
+            raise ValueError(f"target_modules is {targets!r}, which means {path}, a "
+                             f"{type(model.get_submodule(path)).__name__}; accepted are linear modules")
+    return found
+
+
+def _means(field: str, rule, path: str) -> bool:
+    """A string is a regular expression for the whole path; a list holds paths and suffixes of paths."""
+    if isinstance(rule, str) and rule:
+        return re.fullmatch(rule, path) is not None
+    if not isinstance(rule, list) or not rule or not all(isinstance(r, str) and r for r in rule):
+        raise ValueError(f"{field} is {rule!r}; accepted is a list of names, or a regular expression")
+    return any(path == r or path.endswith(f".{r}") for r in rule)
+
+
+def _compare(model: nn.Module, config: dict, parameters: dict, slices: dict, file) -> None:
+    """Refuse keys, shapes and types that are not those of the parameters; the base's own weights may be there too."""
+    both = [key for key in parameters if key in slices]
+    found = {key: tuple(s.get_shape()) for key, s in slices.items()}
+    problems = {
+        "missing": [key for key in parameters if key not in slices],
+        "surplus": [key for key in slices if key not in parameters and not _base_weight(model, key, file)],
+        "of another shape": [f"{key} is {found[key]}, expected {tuple(parameters[key].shape)}"
+                             for key in both if found[key] != tuple(parameters[key].shape)],
+        "not floating-point": [f"{key} is {slices[key].get_dtype()}" for key in both
+                               if slices[key].get_dtype() not in ("F64", "F32", "F16", "BF16")],
+    }
+    said = [f"{len(them)} {'are' if len(them) > 1 else 'is'} {problem} "
+            f"({'; '.join(them[:3])}{'; …' if len(them) > 3 else ''})" for problem, them in problems.items() if them]
+    if said:
+        raise ValueError(f"the tensors of {TENSORS} do not fit this {type(model).__name__}: {', '.join(said)}"
+                         f"{_made_for(config, model)}")
+
+
+def _base_weight(model: nn.Module, key: str, file) -> bool:
+    """Whether this is a weight of the base, unchanged: PEFT stores those of adapted output heads too."""
+    try:
+        weight = model.get_parameter(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    except AttributeError:
+        return False
+    stored = file.get_tensor(key)
+    return stored.shape == weight.shape and torch.equal(stored.to(weight), weight)
+
+
+def _made_for(config: dict, model: nn.Module) -> str:
+    """What the checkpoint says about the model it was made on, where that is another one than this."""
+    recorded = config.get("auto_mapping")
+    kind = recorded.get("base_model_class") if isinstance(recorded, dict) else None
+    base = config.get("base_model_name_or_path")
+    said = [str(thing) for thing in (kind, base) if thing and thing not in (type(model).__name__, _base_name(model))]
+    return f". It was made for {' '.join(said)}; this is {type(model).__name__} {_base_name(model) or ''}".rstrip() \
+        if said else ""
+
+
+def _compare_names(model: nn.Module, config: dict) -> None:
+    """Everything fits, but an adapter is of use only on the weights that it was trained beside."""
+    theirs, ours = config.get("base_model_name_or_path"), _base_name(model)
+    if isinstance(theirs, str) and theirs and ours:
+        if theirs.replace("\\", "/").rstrip("/").split("/")[-1].lower() != ours.rstrip("/").split("/")[-1].lower():
+            warnings.warn(f"this adapter was trained on {theirs!r} and is loaded into {ours!r}; all shapes agree, "
+                          "but it only works beside the weights that it was trained with", stacklevel=4)
