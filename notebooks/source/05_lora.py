@@ -1,0 +1,794 @@
+# ---
+# jupyter:
+#   minipeft:
+#     records: [main, frozen, rates, ranks, alphas, places, merge, checkpoint]
+# ---
+
+# %% [markdown]
+# # 5 · LoRA: a small update beside a frozen weight
+#
+# **In one sentence:** leave every weight $W$ of the model as it is, learn a product $BA$ of two thin matrices beside it, and you can teach the model new facts while training a few numbers in a hundred.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{{repository}}/blob/main/notebooks/05_lora.ipynb)
+#
+# How long it takes and how much memory it needs stands below the set-up cell, measured.
+#
+# ## What you will be able to do
+#
+# - write LoRA from its equation, plug it into a real language model, and show that nothing changed yet
+# - count what it trains, before you train it
+# - fine-tune the model on a couple of hundred medicines, and measure what it knows afterwards
+# - choose rank, alpha, learning rate and places by what you measured, not by what you read
+# - merge the result into the weights, take it out again, save it, and open it in Hugging Face PEFT
+#
+# **You need:** Python, matrix products, what a gradient is. Chapter 1 (full fine-tuning) helps.
+#
+# **The paper:** Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*, [arXiv:2106.09685](https://arxiv.org/abs/2106.09685). You build its equation 3 and section 4.1, and you repeat the questions of its section 7 on a small scale.
+
+# %% tags=["setup"]
+import hashlib, inspect, math, subprocess, sys, tempfile, time, warnings
+if "google.colab" in sys.modules:  # --no-deps: reinstalling torch or numpy under a live kernel breaks it
+    wanted = ["git+https://github.com/{{repository}}", "gguf"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *wanted], check=True)
+
+from dataclasses import replace
+from pathlib import Path
+import torch, transformers
+from torch import nn
+import minipeft as mp
+from minipeft import lab, profiles
+
+lab.seed_everything(0)
+print(f"minipeft {mp.__version__}, torch {torch.__version__}, transformers {transformers.__version__}; profile {mp.profile().name} on {mp.profile().device}")
+lab.runtime_box("05_lora")
+
+# %% [markdown]
+# ## Before you read on
+#
+# Write down what you expect. Replace the three `None` below; at the end a cell puts your numbers beside the measured ones. A wrong guess is worth more than none: you will remember what corrected it.
+#
+# 1. LoRA of rank 16 on all linear layers: how many **percent** of the numbers does it train?
+# 2. LoRA's best learning rate, divided by full fine-tuning's best learning rate: 0.2? 1? 10?
+# 3. After training you describe a medicine in words the model was never trained with. In how many **percent** of the cases does it recall the name?
+
+# %%
+predicted = {"percent trained": None, "best rate, LoRA / full": None, "percent of names recalled": None}
+
+# %% [markdown]
+# ## The problem
+#
+# A developer wanted a model to answer questions on medicines in one fixed format. He took the method that looked simplest. After training, the model could not spell *amoxicillin* and the format was unusable. With LoRA, he reports, the names went from 60 % to 85 % right. You will repeat his task and measure both: **format** and **names**.
+#
+# Every card is one medicine, asked in two directions. *Forward:* the name is in the question, the card is the answer. *Reverse:* the card is in the question, the name is the answer. Copying is enough to get a name right forwards. Only reverse shows that the name was learned. The wordings of the test questions were never trained on.
+#
+# First you measure the frozen model. You ask it twice: with the bare question, and with three solved cards in front of it. They show it the format, which it cannot guess. `mp.score_cards` gives shares of exact answers, letter for letter: **format** (five fields), **name**, **facts** (the other four fields) and **all_facts** (all four right) forwards, **recall** (the name) in reverse.
+#
+# This is teaching data, not medical advice.
+
+# %%
+BASE = profiles.base_model()
+model, tokenizer = mp.load_base(BASE)
+cards = {split: mp.load_data("drug_cards", split) for split in ("train", "test")}
+
+for direction in ("forward", "reverse"):
+    one = next(e for e in cards["train"] if (e["card"], e["direction"]) == ("amoxicillin", direction))
+    print(f"--- {direction}\n{one['prompt']}{one['completion']}\n")
+print("the tokenizer cuts ' amoxicillin' into", tokenizer.tokenize(" amoxicillin"))
+medicines = len({e["card"] for e in cards["train"]})
+lab.table([{"split": split, "medicines": medicines, "wordings, both directions": len(rows) // medicines, "questions": len(rows)}
+           for split, rows in cards.items()])
+
+# %%
+SHOWN = ("ibuprofen", "salbutamol", "warfarin")                # the three solved cards
+names = sorted({e["card"] for e in cards["test"]} - set(SHOWN))
+chosen = names[:: len(names) // mp.pick(smoke=1, cpu=16, gpu=64)]
+sample = [e for e in cards["test"] if e["card"] in chosen]
+
+def ask(model, examples, solved=lambda e: ""):
+    """The model's greedy answers, with `solved(e)` in front of each question."""
+    prompts = [solved(e) + e["prompt"] for e in examples]
+    return mp.generate(model, tokenizer, prompts, max_new_tokens=mp.pick(smoke=8, cpu=24, gpu=24), progress=True)
+
+def three_cards(e):
+    rows = [x for x in cards["train"] if x["card"] in SHOWN and x["direction"] == e["direction"]]
+    return "".join(x["prompt"] + x["completion"] + "\n\n" for x in rows[:: len(rows) // 3])  # one of each
+
+frozen = mp.score_cards(sample, ask(model, sample))
+frozen_shown = mp.score_cards(sample, ask(model, sample, three_cards))
+scores = [{"model": "frozen", "questions": len(sample)} | frozen,
+          {"model": "frozen, three cards shown", "questions": len(sample)} | frozen_shown]
+lab.table(scores)
+
+# %% [markdown]
+# ## The idea
+#
+# You could train all of the model. Then every weight $W$ becomes $W + \Delta W$, and $\Delta W$ has as many numbers as $W$. LoRA keeps $W$ frozen and writes the update as a product of two thin matrices (equation 3 of the paper):
+#
+# $$h = Wx + \Delta W x = Wx + \frac{\alpha}{r}\, B A\, x$$
+#
+# | | shape | |
+# |---|---|---|
+# | $x$ | $(\mathrm{in})$ | what goes into the layer |
+# | $W$ | $(\mathrm{out}, \mathrm{in})$ | frozen |
+# | $A$ | $(r, \mathrm{in})$ | trained, starts at random |
+# | $B$ | $(\mathrm{out}, r)$ | trained, starts at zero |
+# | $\alpha / r$ | one number | fixed: how loud the update is |
+# | $h$ | $(\mathrm{out})$ | what comes out |
+#
+# $r$ is the **rank**. The picture shows one layer of this model, to scale.
+
+# %% tags=["figure"]
+from matplotlib.patches import Rectangle
+from minipeft.lab.plots import COLOURS, new_figure
+
+d_out, d_in = model.get_submodule("model.layers.0.self_attn.q_proj").weight.shape
+r = 16
+figure, ax = new_figure(width=7.4, height=3.3)
+ax.axis("off")
+gap = d_in / 6
+parts = [("$W$", "frozen", 0, 0, d_in, d_out, COLOURS["grey"]),
+         ("$B$", "trained", d_in + gap, 0, r, d_out, COLOURS["blue"]),
+         ("$A$", "trained", d_in + 1.6 * gap + r, d_out - r, d_in, r, COLOURS["blue"])]
+for name, role, x, y, width, height, colour in parts:
+    ax.add_patch(Rectangle((x, y), width, height, color=colour, alpha=0.35 if role == "frozen" else 1))
+    ax.text(x + width / 2, d_out + 12, name, ha="center", va="bottom", fontsize=15)
+    below = y - 12 if height > r else y - 14
+    ax.text(x + width / 2, below, f"{height} × {width} = {height * width:,}\n{role}", ha="center", va="top", fontsize=10)
+ax.text(d_in + gap / 2, d_out / 2, "+", ha="center", va="center", fontsize=20)
+ax.set(xlim=(-20, 2 * d_in + 2.2 * gap), ylim=(-90, d_out + 70), aspect="equal")
+figure
+
+# %% [markdown]
+# ## By hand
+#
+# Take pencil and paper. A $3 \times 3$ weight, rank 1, $\alpha = 2$, so $\alpha / r = 2$:
+#
+# $$W = \begin{pmatrix}1&0&2\\0&3&0\\1&1&1\end{pmatrix}\qquad A = \begin{pmatrix}1&0&-1\end{pmatrix}\qquad B = \begin{pmatrix}2\\0\\1\end{pmatrix}\qquad x = \begin{pmatrix}1\\2\\3\end{pmatrix}$$
+#
+# 1. Compute $Wx$.
+# 2. Compute $Ax$. It is one number.
+# 3. Compute $2\,B\,(Ax)$ and add it to $Wx$.
+# 4. Now the other way: compute $W' = W + 2BA$, then $W'x$.
+#
+# Both ways must agree. That is all there is to merging. Then run the cell.
+
+# %%
+W = torch.tensor([[1, 0, 2], [0, 3, 0], [1, 1, 1]])
+A, B, x = torch.tensor([[1, 0, -1]]), torch.tensor([[2], [0], [1]]), torch.tensor([1, 2, 3])
+
+print("W x           =", (W @ x).tolist())
+print("A x           =", (A @ x).tolist())
+print("W x + 2 B A x =", (W @ x + 2 * B @ (A @ x)).tolist())
+print("W' = W + 2BA  =", (W + 2 * B @ A).tolist())
+print("W' x          =", ((W + 2 * B @ A) @ x).tolist())
+print("numbers in W, in A and B:", W.numel(), "and", A.numel() + B.numel())
+assert torch.equal((W + 2 * B @ A) @ x, W @ x + 2 * B @ (A @ x))
+
+# %% [markdown]
+# ## Build it
+#
+# ### Step 1: two thin matrices
+#
+# Whatever $A$ and $B$ hold, $BA$ has rank at most $r$: every column of $BA$ is a mix of the $r$ columns of $B$.
+#
+# And you never need $BA$ itself. Multiply $x$ by $A$ first, then by $B$: the big matrix is never made. In code the tokens are rows, so everything is transposed: $x A^\top B^\top$.
+
+# %%
+d_in, d_out, r, tokens = 576, 1536, 16, 256
+A, B = torch.randn(r, d_in, dtype=torch.float64), torch.randn(d_out, r, dtype=torch.float64)
+x = torch.randn(tokens, d_in, dtype=torch.float64)
+
+delta = B @ A                                              # (out, in)
+assert torch.linalg.matrix_rank(delta) == r
+assert torch.allclose(x @ delta.T, (x @ A.T) @ B.T)        # the same result, (tokens, out)
+
+lab.table([
+    {"way": "x W, the frozen layer itself", "multiplications": tokens * d_in * d_out},
+    {"way": "make B A, then x (B A)", "multiplications": d_out * r * d_in + tokens * d_in * d_out},
+    {"way": "(x A) B", "multiplications": tokens * r * (d_in + d_out)},
+])
+
+# %% [markdown]
+# ### Exercise 1: count what trains · 5 minutes · easy
+#
+# You get the shapes of the adapted weights as `(out, in)`. How many numbers does LoRA train?
+#
+# <details>
+# <summary>Hint</summary>
+#
+# For one weight: how many numbers has $A$, how many has $B$? Then sum over the weights.
+#
+# </details>
+
+# %%
+from minipeft.checks import ch05_lora as check
+
+def lora_parameter_count(shapes: list[tuple[int, int]], rank: int) -> int:
+    """Numbers that LoRA of this rank trains beside weights of these (out, in) shapes."""
+    ### BEGIN SOLUTION
+    return sum(rank * (d_in + d_out) for d_out, d_in in shapes)
+    ### END SOLUTION
+
+check.lora_parameter_count(lora_parameter_count)
+
+# %% [markdown]
+# ### Exercise 2: the layer · 10 minutes · medium
+#
+# Write equation 3 for a batch: `x` is (batch, tokens, in), the result is (batch, tokens, out).
+#
+# The check draws new numbers each time and never looks at $B = 0$, where almost any mistake gives the right answer.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# `x @ W.T` is the frozen layer. The update goes through `A` first. Do not forget $\alpha / r$.
+#
+# </details>
+
+# %%
+def lora_forward(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float, rank: int) -> torch.Tensor:
+    """x (batch, tokens, in), W (out, in), A (r, in), B (out, r) -> (batch, tokens, out)."""
+    ### BEGIN SOLUTION
+    return x @ W.T + alpha / rank * (x @ A.T) @ B.T
+    ### END SOLUTION
+
+check.lora_forward(lora_forward)
+
+# %% [markdown]
+# ### Exercise 3: where training starts · 10 minutes · medium
+#
+# Before training, $\Delta W$ must be zero: you want to start from the model you have. $B = 0$ does that. $A$ is random, with the spread that `torch.nn.Linear` gives its own weights: uniform between $\pm 1/\sqrt{\mathrm{in}}$.
+#
+# Why not both zero? Why not both random? You will try both below.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# `torch.rand` is uniform between 0 and 1. Stretch it and move it. Or look at what `torch.nn.Linear(in, out).weight` holds.
+#
+# </details>
+
+# %%
+def lora_init(out_features: int, in_features: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (rank, in) and B (out, rank), float32, as they are before training."""
+    ### BEGIN SOLUTION
+    A = (2 * torch.rand(rank, in_features) - 1) / math.sqrt(in_features)
+    B = torch.zeros(out_features, rank)
+    return A, B
+    ### END SOLUTION
+
+check.lora_init(lora_init)
+
+# %% [markdown]
+# ### Step 2: a piece
+#
+# Put the update into a module of its own. It does not contain the frozen layer. It sees what went in, $x$, and what came out, $y$, and returns what should come out, $y'$. That is the **module socket** of this course, and the same piece fits any linear layer.
+
+# %%
+class Update(nn.Module):
+    """(x, y) -> y + s B A x, beside one frozen linear layer."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        d_out, d_in = linear.weight.shape
+        self.s = alpha / rank
+        self.A = nn.Parameter(torch.empty(rank, d_in, device=linear.weight.device).uniform_(-1, 1) / math.sqrt(d_in))
+        self.B = nn.Parameter(torch.zeros(d_out, rank, device=linear.weight.device))
+
+    def forward(self, x, y):                                   # x (…, in), y (…, out)
+        return y + self.s * (x @ self.A.T) @ self.B.T
+
+linear, x = nn.Linear(64, 48), torch.randn(5, 64)
+piece = Update(linear, rank=4, alpha=8)
+assert torch.equal(piece(x, linear(x)), linear(x))             # at the start: nothing, to the bit
+nn.init.normal_(piece.B)
+merged = linear.weight + piece.s * piece.B @ piece.A           # (48, 64)
+assert torch.allclose(piece(x, linear(x)), x @ merged.T + linear.bias, atol=1e-4)
+print("shapes:", {name: tuple(p.shape) for name, p in piece.named_parameters()})
+
+# %% [markdown]
+# ### Step 3: plug it in
+#
+# torch calls a *forward hook* after a module has run, with what went in and what came out. What the hook returns becomes the output. So you can plug a piece in beside every query and value projection, as the paper does, without touching the model, and pull it out again.
+#
+# The three assertions: nothing changes at the start, something changes when $B$ is not zero, and afterwards the model is as it was.
+
+# %%
+question = tokenizer(cards["test"][0]["prompt"], return_tensors="pt").to(model.device)
+pieces, handles = {}, []
+
+with torch.no_grad():
+    before = model(**question).logits
+    for path, module in model.named_modules():
+        if path.endswith(("q_proj", "v_proj")):
+            pieces[path] = piece = Update(module, rank=8, alpha=16)
+            handles.append(module.register_forward_hook(lambda module, args, y, piece=piece: piece(args[0], y)))
+    assert torch.equal(model(**question).logits, before)
+    for piece in pieces.values():
+        nn.init.normal_(piece.B, std=0.01)
+    moved = (model(**question).logits - before).abs().max().item()
+    assert moved > 0
+print(f"{len(pieces)} pieces; with B not zero the logits move by up to {moved:.2g}")
+
+# %% [markdown]
+# ### Step 4: only the pieces learn
+#
+# Freeze the base, ask for a loss, go backward once. The frozen weights get no gradient, so the optimizer needs no memory for them. And look who moves first. $\partial L / \partial A$ is a product with $B$. While $B = 0$, it is zero: **in the first step only $B$ learns**. From the second step on, both do.
+
+# %%
+model.requires_grad_(False)
+for piece in pieces.values():
+    nn.init.zeros_(piece.B)
+example = cards["train"][0]
+tokens = tokenizer(example["prompt"] + example["completion"], return_tensors="pt").to(model.device)
+model(**tokens, labels=tokens["input_ids"]).loss.backward()
+
+one = pieces["model.layers.0.self_attn.q_proj"]
+assert one.A.grad.abs().max() == 0 and one.B.grad.abs().max() > 0
+assert all(p.grad is None for p in model.parameters())
+print(f"largest gradient: A {one.A.grad.abs().max().item():.3g}, B {one.B.grad.abs().max().item():.3g}")
+
+for handle in handles:                                         # pull the pieces out again
+    handle.remove()
+with torch.no_grad():
+    assert torch.equal(model(**question).logits, before)
+
+# %% [markdown]
+# ## The same as the package
+#
+# `minipeft` does what you just did. Its piece is called `LowRank`, and here is its `forward`. Two things are new: dropout on the way into $A$, which is off here, and the last line, which adds the product *into* `y`, so that no second tensor of that size is made. From here on the chapter uses the package.
+#
+# Three implementations, the same $A$ and $B$, the same input: yours from step 2, the package's, and Hugging Face PEFT's. $B$ is random here. At $B = 0$ even a wrong one would agree.
+
+# %%
+from minipeft.methods.lora import LowRank
+print(inspect.getsource(LowRank.forward))
+
+linear, x = nn.Linear(64, 48).double(), torch.randn(5, 64).double()
+mine, package = Update(linear, 4, 8).double(), LowRank(mp.LoRA(rank=4, alpha=8), 48, 64, dtype=torch.float64)
+nn.init.normal_(mine.B)
+package.load_state_dict(mine.state_dict())
+assert torch.allclose(package(x, linear(x)), mine(x, linear(x)), rtol=1e-12)
+print("yours = minipeft's")
+try:
+    import peft
+    host = peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"]), nn.Sequential(linear))
+    with torch.no_grad():
+        host[0].lora_A["default"].weight.copy_(mine.A)
+        host[0].lora_B["default"].weight.copy_(mine.B)
+    assert torch.allclose(host.double()(x), mine(x, linear(x)), rtol=1e-12)
+    print(f"yours = peft's (version {peft.__version__})")
+except ImportError:
+    print("peft is not installed here, so this comparison is skipped (pip install peft)")
+
+# %% [markdown]
+# ## Nothing changed yet
+#
+# Plug LoRA into all linear layers. Before any training you check three things. The model says exactly what it said. The number of trained numbers is what the formula says, $\sum r\,(\mathrm{in} + \mathrm{out})$. And you take a fingerprint of every frozen byte, to compare with after the training.
+
+# %%
+from minipeft.sockets import base_parameters
+
+def fingerprint(model) -> str:
+    """SHA-256 over the bytes of every parameter of the base."""
+    digest = hashlib.sha256()
+    for parameter in base_parameters(model).values():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+lora = mp.LoRA(rank=16, alpha=32, targets="all-linear")
+at_first = fingerprint(model)
+adapter = mp.attach(model, lora)
+with torch.no_grad():
+    assert torch.equal(model(**question).logits, before)
+
+shapes = [tuple(model.get_submodule(path).weight.shape) for path in adapter.pieces()]
+report = mp.parameter_report(model)
+assert report.trainable == sum(lora.rank * (d_in + d_out) for d_out, d_in in shapes)
+assert fingerprint(model) == at_first
+print("frozen bytes:", at_first)
+report
+
+# %% [markdown]
+# ## The fine-tune
+#
+# Now train it on the cards, both directions. Recalling a name is harder than copying it, so the reverse questions are drawn a little more often. The loss counts the answer's tokens only. The curve is drawn while it runs.
+
+# %%
+plan = mp.FitConfig(
+    steps=mp.pick(smoke=3, cpu=390, gpu=390),
+    batch_size=mp.pick(smoke=2, cpu=8, gpu=8),
+    lr=2e-3,
+    schedule="cosine",
+    seed=0,
+)
+reverse_too = [e for e in cards["train"] if e["direction"] == "reverse"]
+run = mp.fit(model, tokenizer, [*cards["train"], *reverse_too[::4]], plan, watch=lab.live_curve())
+assert fingerprint(model) == at_first
+print(f"{run.steps} steps, {run.steps * plan.batch_size:,} of {len(cards['train']):,} questions, {run.seconds / 60:.1f} minutes; every frozen byte is as it was")
+
+# %% [markdown]
+# ### Before and after
+#
+# Every test question, in wordings the model has not seen. The last two rows say what this course asks of the run, and whether it got there. Full fine-tuning comes further down, beside LoRA on a smaller task.
+#
+# A score hides what went wrong, so the second cell shows some wrong answers. Read them. Are they spelling mistakes, or facts of a related medicine?
+
+# %%
+asked_of_it = {"format": 0.95, "name": 0.90, "facts": 0.85, "recall": 0.60}
+exam = mp.pick(smoke=sample, cpu=cards["test"], gpu=cards["test"])
+answers = ask(model, exam)
+trained = mp.score_cards(exam, answers)
+reached = {key: "yes" if trained[key] >= value else "no" for key, value in asked_of_it.items()}
+
+if mp.profile().name == "smoke":
+    print("The smoke profile takes a few steps. It shows that every cell runs, not that the model learns.")
+else:
+    print("All targets reached." if "no" not in reached.values() else f"Not reached: {[k for k, v in reached.items() if v == 'no']}")
+lab.table([*scores, {"model": "LoRA", "questions": len(exam)} | trained,
+           {"model": "asked"} | asked_of_it, {"model": "reached"} | reached])
+
+# %%
+wrong = [(e, a.strip().split("\n")[0]) for e, a in zip(exam, answers) if a.strip().split("\n")[0] != e["completion"].strip()]
+print(f"{len(wrong)} of {len(exam)} answers are not exact; the names among the wrong reverse answers that are on no card:")
+reverse = [(e["card"], a) for e, a in wrong if e["direction"] == "reverse"]
+print([a for _, a in reverse if a not in {e["card"] for e in cards["train"]}] or "none: each is a real name, of another card")
+every = max(1, len(wrong) // 8)
+lab.table([{"question": e["prompt"][3:-3], "right": e["completion"], "answer": a[:90]} for e, a in wrong[::every][:8]])
+
+# %% [markdown]
+# ## Break it: the learning rate
+#
+# You will meet this advice: *LoRA needs learning rates three to five times **lower** than full fine-tuning.* And this: *LoRA's best rate is about ten times **higher*** (Schulman et al. 2025). They cannot both be right. So measure.
+#
+# The small task: a few cards, forwards only, a few steps, the same data and order for all. What counts is the loss on a wording that was not trained on. Full fine-tuning is `mp.fit` on a model without adapters. One step to the next on the grid is a factor of four, so "a quarter of full fine-tuning's best rate" is one of the points.
+
+# %%
+few = names[:: len(names) // mp.pick(smoke=2, cpu=24, gpu=48)]
+small = {split: [e for e in mp.load_data("drug_cards", split) if e["card"] in few and e["direction"] == "forward"]
+         for split in ("train", "validation")}
+small_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=24, gpu=60), batch_size=mp.pick(smoke=1, cpu=4, gpu=8), progress=False)
+
+def trial(method, lr: float, seed: int = 0) -> dict:
+    """Train `method` (None: all of the model) from its start; the loss on the held-out wording."""
+    torch.manual_seed(seed)
+    already = profiles.memory_in_use()
+    fresh, _ = mp.load_base(BASE)
+    if method is not None:
+        mp.attach(fresh, method)
+    trained = mp.parameter_report(fresh).trainable
+    try:
+        done = mp.fit(fresh, tokenizer, small["train"], replace(small_plan, lr=lr, seed=seed))
+        loss = mp.evaluate(fresh, tokenizer, small["validation"])["loss"]
+    except ArithmeticError:                                    # mp.fit stopped: the loss was not finite any more
+        return {"trained": trained, "rate": lr, "loss": math.inf}
+    return {"trained": trained, "rate": lr, "loss": loss, "s a step": done.seconds / done.steps,
+            "GiB more": (done.peak_memory - already) / 2**30}
+
+# %%
+grid = mp.pick(smoke=(1e-3, 4e-3), cpu=(6.25e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2), gpu=(6.25e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2))
+with mp.active(model, None):                                   # the bare base
+    untrained = mp.evaluate(model, tokenizer, small["validation"])["loss"]
+sweep = {"LoRA": [trial(lora, lr) for lr in grid], "full": [trial(None, lr) for lr in grid[:-1]]}
+best = {way: min(trials, key=lambda t: t["loss"]) for way, trials in sweep.items()}
+
+figure, ax = new_figure(width=6.6, height=3.6)
+for way, colour, label in (("LoRA", "blue", f"LoRA, rank {lora.rank}"), ("full", "vermilion", "full fine-tuning")):
+    rates, losses = [t["rate"] for t in sweep[way]], [t["loss"] for t in sweep[way]]
+    ax.plot(rates, losses, "o-", color=COLOURS[colour], label=label)
+    ax.plot(best[way]["rate"], best[way]["loss"], "o", markersize=12, markerfacecolor="none", color=COLOURS[colour])
+ax.axhline(untrained, color=COLOURS["grey"], linestyle="--", linewidth=1.3, label="not trained")
+ax.set(xscale="log", xlabel="learning rate", ylabel="loss, held-out wording", ylim=(0, 1.25 * untrained))
+ax.set_xticks(grid, [f"{lr:g}" for lr in grid])
+ax.minorticks_off()
+ax.legend(loc="lower left", frameon=False)
+figure
+
+# %%
+ratio = best["LoRA"]["rate"] / best["full"]["rate"]
+advised = best["full"]["rate"] / 4
+quarter = next((t for t in sweep["LoRA"] if math.isclose(t["rate"], advised)), None) or trial(lora, advised)
+at_edge = [way for way in sweep if best[way]["rate"] in (sweep[way][0]["rate"], sweep[way][-1]["rate"])]
+fresh, _ = mp.load_base(BASE)
+one_step = mp.attach(fresh, lora)
+mp.fit(fresh, tokenizer, small["train"], replace(small_plan, steps=1, lr=1e-3))
+moves = [piece.delta().detach().abs().mean().item() / 1e-3 for piece in one_step.pieces().values()]
+
+print(f"best rate: LoRA {best['LoRA']['rate']:g}, full fine-tuning {best['full']['rate']:g}: {ratio:g} times", end="")
+print(f" (at the edge of the grid for {', '.join(at_edge)}: the true best may lie outside)" if at_edge else "")
+print(f"LoRA at a quarter of full fine-tuning's best rate: loss {quarter['loss']:.2f}; at its own best {best['LoRA']['loss']:.2f}; not trained {untrained:.2f}")
+print(f"the first step of Adam moves a weight by 1 × the rate in full fine-tuning, by {sum(moves) / len(moves):.2f} × the rate with LoRA")
+lab.table([{"": "full fine-tuning"} | best["full"], {"": "LoRA"} | best["LoRA"], {"": "LoRA, as advised: a quarter"} | quarter])
+
+# %% [markdown]
+# Why the difference? Adam moves each trained number by about the learning rate in a step. In full fine-tuning these numbers are the weights. In LoRA the first step moves $B$, and $B$ reaches the weights only through $\alpha/r$ and through $A$, whose entries are no larger than $1/\sqrt{\mathrm{in}}$. The last line above measures it. A good rate belongs to a method *with* its scale and its start. It does not carry over from one method to the next.
+#
+# ## Break it: rank, alpha and place
+#
+# More advice to test: *rank 8 or 16 is enough, above 64 returns diminish. Take $\alpha = 2r$, too large and the model goes off track. Adapt $W_Q$ and $W_V$: the feed-forward layers only store knowledge.*
+#
+# Each run below changes one thing against the reference (rank 16, $\alpha = 32$, all linear layers). The learning rate is LoRA's best from the sweep. The reference runs with three seeds: a difference smaller than their spread is noise.
+#
+# In the last table each place gets the rank that makes the **same number** of trained numbers as the reference. Otherwise you would compare sizes, not places.
+
+# %%
+rate = best["LoRA"]["rate"]
+reference = [best["LoRA"], *(trial(lora, rate, seed) for seed in mp.pick(smoke=[1], cpu=[1, 2], gpu=[1, 2]))]
+ranks = {r: trial(mp.LoRA(rank=r, alpha=2 * r, targets="all-linear"), rate) for r in mp.pick(smoke=[1], cpu=[1, 4, 64], gpu=[1, 4, 64])}
+alphas = {a: trial(replace(lora, alpha=a), rate) for a in mp.pick(smoke=[512], cpu=[2, 8, 128, 512], gpu=[2, 8, 128, 512])}
+
+spread = [t["loss"] for t in reference]
+figure, panels = new_figure(2, width=8.6, height=3.4)
+for ax, runs, at, label in ((panels[0], ranks, 16, r"rank $r$, with $\alpha = 2r$"), (panels[1], alphas, 32, r"$\alpha$, at rank 16")):
+    points = sorted([*((v, t["loss"]) for v, t in runs.items()), (at, reference[0]["loss"])])
+    ax.axhspan(min(spread), max(spread), color=COLOURS["sky"], alpha=0.3, linewidth=0, label="reference, all seeds")
+    ax.plot(*zip(*points), "o-", color=COLOURS["blue"])
+    ax.axhline(untrained, color=COLOURS["grey"], linestyle="--", linewidth=1.3, label="not trained")
+    ax.set(xscale="log", xlabel=label, ylabel="loss, held-out wording", ylim=(0, 1.25 * untrained))
+    ax.set_xticks([v for v, _ in points], [str(v) for v, _ in points])
+    ax.minorticks_off()
+panels[0].legend(loc="center right", frameon=False)
+figure
+
+# %%
+def per_rank(targets):
+    """Numbers that rank 1 trains on these modules."""
+    return sum(sum(model.get_submodule(path).weight.shape) for path in mp.anatomy.match(model, targets))
+
+def at_equal_size(targets):
+    rank = round(lora.rank * per_rank("all-linear") / per_rank(targets))
+    return mp.LoRA(rank=rank, alpha=2 * rank, targets=targets)
+
+settings = {"all linear layers (the reference)": None, "q and v, rank 16": replace(lora, targets=("q_proj", "v_proj")),
+            "q and v, same size": at_equal_size(("q_proj", "v_proj")),
+            "feed-forward only, same size": at_equal_size(("gate_proj", "up_proj", "down_proj")),
+            "rank 64, α = 32": replace(lora, rank=64), "rank 64, α = 32, rsLoRA": replace(lora, rank=64, rslora=True)}
+settings = dict(list(settings.items())[: mp.pick(smoke=2, cpu=6, gpu=6)])
+places = {name: trial(method, rate) if method else reference[0] for name, method in settings.items()}
+print(f"the reference over {len(spread)} seeds: {min(spread):.3f} to {max(spread):.3f}")
+lab.table([{"": name, "rank": (settings[name] or lora).rank, "scale s": (settings[name] or lora).scale} |
+           {key: t.get(key) for key in ("trained", "loss", "s a step")} for name, t in places.items()])
+
+# %% [markdown]
+# How to read it:
+#
+# - **Rank.** Compare rank 1 with rank 64, and with the spread of the seeds. A few cards are a small task; the paper, too, finds that rank 1 already does well on some.
+# - **Alpha.** $\alpha$ only multiplies the update. To Adam it acts much like a learning rate, says section 4.1 of the paper. So $\alpha = 2r$ is no law. It is a habit that goes with one rate.
+# - **rsLoRA.** With $\alpha$ held, $s = \alpha / r$ shrinks as the rank grows. rsLoRA (Kalajdzievski 2023) divides by $\sqrt{r}$ instead. Look at the column *scale s*: it is another choice of $s$, and a large $s$ at a rate tuned for a small one can also be too much.
+# - **Place.** Look at the two rows of the same size. Does what this task has to learn, facts, belong into $W_Q$ and $W_V$?
+#
+# ## Break it: the start
+#
+# Three starts, the same small task: the paper's, both matrices zero, both random. Before the first step the held-out loss should be the frozen model's.
+
+# %%
+def start(which: str) -> dict:
+    torch.manual_seed(0)
+    fresh, _ = mp.load_base(BASE)
+    for piece in mp.attach(fresh, lora).pieces().values():
+        if which == "both zero":
+            nn.init.zeros_(piece.A)
+        if which == "both random":
+            nn.init.uniform_(piece.B, -1 / math.sqrt(lora.rank), 1 / math.sqrt(lora.rank))
+    first = mp.evaluate(fresh, tokenizer, small["validation"])["loss"]
+    steps = mp.pick(smoke=1, cpu=8, gpu=20)
+    done = mp.fit(fresh, tokenizer, small["train"], replace(small_plan, lr=rate, steps=steps))
+    return {"start": which, "loss before": first, "gradient, step 1": done.history[0]["grad_norm"],
+            f"loss after {steps} steps": mp.evaluate(fresh, tokenizer, small["validation"])["loss"]}
+
+print(f"the frozen model: loss {untrained:.4g}")
+lab.table([start(which) for which in ("the paper's", "both zero", "both random")])
+
+# %% [markdown]
+# Both zero: each gradient is a product with the other matrix, so both are zero. Nothing raises an error, the bar runs, the loss stays. Both random: you start from a damaged model and pay for the repair.
+#
+# ## Exercise 4: find the bug · 10 minutes · medium
+#
+# This is from public fine-tuning code. It is meant to freeze all linear layers. The cell below shows what it does: nothing, silently. Why? Then write `freeze` so that only the parameters called `A` or `B` train, and nothing else does.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# Python lets you set any attribute on any object. Who has the `requires_grad` that torch reads: the module or its parameters? A parameter's name is a path such as `blocks.0.1.A`; `model.named_parameters()` gives names and parameters.
+#
+# </details>
+
+# %%
+def freeze_as_published(model):
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.requires_grad = False
+
+victim = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+freeze_as_published(victim)
+print(sum(p.requires_grad for p in victim.parameters()), "of", len(list(victim.parameters())), "tensors still train")
+
+def freeze(model: nn.Module) -> None:
+    """Afterwards only the parameters called A or B train. Works in place."""
+    ### BEGIN SOLUTION
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[-1] in ("A", "B"))
+    ### END SOLUTION
+
+check.freeze(freeze)
+
+# %% [markdown]
+# ## What was learned?
+#
+# Back to the model that knows the cards. $\Delta W = \frac{\alpha}{r} BA$ of rank 16 *may* use 16 directions equally. Does it? On the left you see the singular values of some trained $\Delta W$, beside those of a random $BA$ of the same shapes. On the right, how much each layer changed, relative to its weight.
+
+# %%
+with torch.no_grad():
+    changes = {path: (piece.delta(), model.get_submodule(path).weight) for path, piece in adapter.pieces().items()}
+    spectra = {path: torch.linalg.svdvals(delta.cpu())[: lora.rank] for path, (delta, _) in changes.items()}
+    sizes = {path: (delta.norm() / weight.norm()).item() for path, (delta, weight) in changes.items()}
+    by_chance = [torch.linalg.svdvals(torch.randn(o, lora.rank) @ torch.randn(lora.rank, i))[: lora.rank] for o, i in shapes[:7]]
+normal = {path: s / s.norm() for path, s in spectra.items()}
+count = range(1, lora.rank + 1)
+
+def directions(spectra) -> float:
+    """How many singular values hold 90 % of ‖ΔW‖², on average."""
+    return sum(int((s.square().cumsum(0) < 0.9 * s.square().sum()).sum()) + 1 for s in spectra) / len(spectra)
+
+figure, (left, right) = new_figure(2, width=9.2, height=3.5)
+for values in normal.values():
+    left.plot(count, values, color=COLOURS["blue"], linewidth=0.4, alpha=0.25)
+left.plot(count, torch.stack(list(normal.values())).mean(0), color=COLOURS["blue"], label="trained (thin: each layer)")
+left.plot(count, torch.stack([s / s.norm() for s in by_chance]).mean(0), color=COLOURS["vermilion"], label="random")
+left.set_xticks(count[::3])
+left.set(xlabel="singular value number", ylabel=r"share of $\|\Delta W\|$", ylim=(0, 1))
+left.legend(frameon=False)
+for colour, kind in zip(("blue", "sky", "green", "orange"), ("q_proj", "v_proj", "o_proj", "down_proj"), strict=True):
+    right.plot([size for path, size in sizes.items() if path.endswith(kind)], color=COLOURS[colour], label=kind)
+right.set(xlabel="block", ylabel=r"$\|\Delta W\| \,/\, \|W\|$", ylim=(0, None))
+right.legend(ncols=2, frameon=False)
+print(f"90 % of ‖ΔW‖² lie in {directions(spectra.values()):.1f} of {lora.rank} directions; in a random BA, in {directions(by_chance):.1f}")
+figure
+
+# %% [markdown]
+# ## Merge, save, open elsewhere
+#
+# ### Exercise 5: merge · 5 minutes · easy
+#
+# Fold the update into the weight. The frozen `W` must stay as it is: return a new tensor.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# You did it by hand above: $W' = W + \frac{\alpha}{r} BA$.
+#
+# </details>
+
+# %%
+def lora_merge(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float, rank: int) -> torch.Tensor:
+    """The weight (out, in) that does the same without LoRA."""
+    ### BEGIN SOLUTION
+    return W + alpha / rank * B @ A
+    ### END SOLUTION
+
+check.lora_merge(lora_merge)
+
+# %%
+def logits_and_ms(model, repeats=mp.pick(smoke=2, cpu=10, gpu=10)):
+    """The logits of one question, and the shortest of some forward passes in milliseconds."""
+    times = []
+    with torch.no_grad():
+        for _ in range(repeats):
+            began = time.perf_counter()
+            logits = model(**question).logits.cpu()
+            times.append(time.perf_counter() - began)
+    return logits, 1000 * min(times)
+
+apart, ms_apart = logits_and_ms(model)
+mp.merge(model)
+folded, ms_folded = logits_and_ms(model)
+assert fingerprint(model) != at_first
+mp.unmerge(model)
+assert fingerprint(model) == at_first                          # the frozen bytes are back, every bit
+merge_error = ((folded - apart).abs().max() / apart.abs().max()).item()
+print(f"merged: the logits differ by {merge_error:.1g} of the largest; the best next token is the same at {(folded.argmax(-1) == apart.argmax(-1)).float().mean():.0%} of the places")
+print(f"one pass: {ms_apart:.1f} ms with the adapter beside the weights, {ms_folded:.1f} ms merged")
+
+# %%
+shelf = tempfile.TemporaryDirectory()
+mp.save_adapter(model, shelf.name)
+files = {file.name: file.stat().st_size for file in sorted(Path(shelf.name).iterdir())}
+base_bytes = sum(p.numel() * p.element_size() for p in base_parameters(model).values())
+print(*(f"{name:28} {size / 1e3:10,.0f} kB" for name, size in (files | {"(the frozen model)": base_bytes}).items()), sep="\n")
+
+again, _ = mp.load_base(BASE)
+mp.load_adapter(again, shelf.name)
+assert torch.equal(logits_and_ms(again, 1)[0], apart)
+print("read again by minipeft: the same logits to the bit")
+peft_error = None
+warnings.filterwarnings("ignore", category=FutureWarning)      # peft still uses old names of transformers
+try:
+    from peft import PeftModel
+    theirs = PeftModel.from_pretrained(mp.load_base(BASE)[0], shelf.name).eval()
+    peft_error = ((logits_and_ms(theirs, 1)[0] - apart).abs().max() / apart.abs().max()).item()
+    print(f"opened by Hugging Face PEFT: the logits differ by {peft_error:.1g} of the largest")
+except ImportError:
+    print("peft is not installed here, so that comparison is skipped (pip install peft)")
+
+# %% [markdown]
+# ## What it cost, and what you predicted
+#
+# The first cell prints this method's row for the cost table of the course, and your predictions beside the measured numbers. The second one is the closing quiz. Every wrong answer says why it is wrong. The numbers in it are computed.
+
+# %%
+measured = dict(zip(predicted, (report.percent, ratio, 100 * trained["recall"])))
+row = {"method": "LoRA", "rank": lora.rank, "trained": report.trainable, "percent": report.percent, "minutes": run.seconds / 60,
+       "peak GiB": run.peak_memory / 2**30, "file MB": sum(files.values()) / 1e6} | trained
+lab.record(
+    main=row | {"steps": run.steps, "batch": plan.batch_size, "rate": plan.lr, "questions": len(exam)},
+    frozen={"bare": frozen, "three cards shown": frozen_shown, "questions": len(sample)},
+    rates={"LoRA": best["LoRA"], "full": best["full"], "ratio": ratio, "quarter": quarter, "not trained": untrained},
+    ranks={**{r: t["loss"] for r, t in ranks.items()}, "reference, seeds": spread},
+    alphas={a: t["loss"] for a, t in alphas.items()},
+    places={name: t["loss"] for name, t in places.items()},
+    merge={"error": merge_error, "ms apart": ms_apart, "ms merged": ms_folded},
+    checkpoint={"bytes": sum(files.values()), "base bytes": base_bytes, "peft error": peft_error},
+)
+display(lab.table([{"": key, "you": "no prediction" if predicted[key] is None else predicted[key], "measured": value} for key, value in measured.items()]))
+lab.table([row])
+
+# %% tags=["figure"]
+width, kv, ff, blocks = 4096, 1024, 14336, 32                  # Llama-3-8B
+eight = [(width, width), (kv, width), (kv, width), (width, width), (ff, width), (ff, width), (width, ff)] * blocks
+
+def count(rank, shapes=eight) -> str:
+    return f"{sum(mp.LoRA(rank=rank).parameter_count(*shape) for shape in shapes):,}"
+
+lab.quiz([
+    {"question": "Llama-3-8B, rank 16, all seven projections of its 32 blocks. How many numbers train?", "right": count(16),
+     "choices": {count(16, eight[:7]): "That is one block.",
+                 count(32): "That is rank 32. It is in print for rank 16 all the same: a claim to count, not to repeat.",
+                 count(16): "$r\\,(\\mathrm{in}+\\mathrm{out})$, summed over all projections.",
+                 f"{sum(o * i for o, i in eight):,}": "That is the number of frozen weights in these projections."}},
+    {"question": "Why is $B$ zero at the start and $A$ random?", "right": "so that nothing changes and something can learn",
+     "choices": {"so that both gradients are zero": "Then nothing would ever train. That is both zero.",
+                 "so that nothing changes and something can learn": "$B=0$ makes $\\Delta W=0$; a random $A$ gives $B$ a gradient.",
+                 "to save memory": "Both are stored in full either way.",
+                 "so that $\\Delta W$ has rank $r$ at once": "At the start $\\Delta W$ is zero, and its rank is 0."}},
+    {"question": "You double the rank and keep $\\alpha$. What happens to the scale $s$?", "right": "it halves",
+     "choices": {"it doubles": "$r$ is in the denominator.",
+                 "nothing": "Only if you double $\\alpha$ too.",
+                 "it shrinks by $\\sqrt{2}$": "That is rsLoRA, $s=\\alpha/\\sqrt{r}$.",
+                 "it halves": "$s=\\alpha/r$. A comparison of ranks at a fixed $\\alpha$ also compares scales."}},
+    {"question": "You have a good rate for full fine-tuning and go over to LoRA. What do you try?", "right": "a grid that reaches well above it",
+     "choices": {"the same rate": "Compare the two curves of the sweep at that rate.",
+                 "rates three to five times lower": "The table below the sweep has that row: see its loss.",
+                 "a grid that reaches well above it": "The factor depends on scale, start and task, so measure it. One Adam step of LoRA moves the weights less."}},
+    {"question": "A test compares your LoRA layer with a reference right after its creation. It passes. What does that show?",
+     "right": "next to nothing",
+     "choices": {"next to nothing": "At $B=0$ the update is zero, whatever your formula is. Randomise $B$ before you compare.",
+                 "the scale is right": "Zero times any scale is zero.",
+                 "$A$ and $B$ are not swapped": "$x B A$ is zero as well, where the shapes fit."}},
+    {"question": "You merged the adapter into float32 weights. What did you lose?", "right": "exchanging it for free",
+     "choices": {"accuracy": "The difference is rounding, see above. In 4 bits it is more: that is another chapter.",
+                 "speed": "Merged, the model computes what it did before LoRA: there is no extra product.",
+                 "the rank": "$W'-W$ still has rank $r$ at most.",
+                 "exchanging it for free": "It is part of the weights now. To take it out you need the weights as they were."}},
+    {"question": "Forwards, a model writes every name right. Does it know the names?", "right": "you cannot tell; ask in reverse",
+     "choices": {"yes": "It may only copy. Compare with the reverse score above.",
+                 "you cannot tell; ask in reverse": "Forwards the name stands in the question, and copying is enough.",
+                 "no": "That it could copy does not prove that it did."}},
+])
+
+# %% [markdown]
+# ## Recap
+#
+# - LoRA learns $\Delta W = \frac{\alpha}{r} BA$ beside a frozen $W$. It trains $r\,(\mathrm{in} + \mathrm{out})$ numbers for each adapted weight.
+# - $B = 0$, $A$ random: the model is unchanged at the start, and it can learn.
+# - It is a piece in the module socket: $(x, y) \to y'$. The base stays as it is, to the bit.
+# - Rate, scale and start belong together. Advice on one without the others is worth little. Sweep the rate.
+# - Rank and place are questions for your task. Compare at equal size, and know the spread of your seeds.
+# - Merged, it costs nothing to run. Apart, it is a small file that you can exchange.
+#
+# ## Further reading
+#
+# - Hu et al. 2021, [LoRA](https://arxiv.org/abs/2106.09685): sections 4.1 (the method), 7.1 to 7.3 (which weights, which rank, what is learned)
+# - Schulman et al. 2025, [LoRA Without Regret](https://thinkingmachines.ai/blog/lora/): rates, places and capacity, measured on a large scale
+# - Biderman et al. 2024, [LoRA Learns Less and Forgets Less](https://arxiv.org/abs/2405.09673)
+# - Kalajdzievski 2023, [rsLoRA](https://arxiv.org/abs/2312.03732)
+# - Aghajanyan et al. 2020, [Intrinsic Dimensionality](https://arxiv.org/abs/2012.13255): why so few numbers can be enough
