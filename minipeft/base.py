@@ -56,7 +56,7 @@ def load_base(
         model.config.pad_token_id = tokenizer.pad_token_id
     if name in EMBEDDED:  # a checkpoint names its base: no path of this machine in it
         model.name_or_path = model.config._name_or_path = name
-    return model.to(this_device() if device is None else device).eval(), tokenizer
+    return model.to(this_device() if device is None else device), tokenizer
 
 
 def _source(name: str) -> str:

@@ -177,12 +177,17 @@ def test_dtype_and_device_are_as_asked_for(tmp_path, monkeypatch):
         assert {(p.dtype, p.device.type) for p in model.parameters()} == {expected}
 
 
-def test_transformers_is_as_talkative_after_loading_as_before(smollm2):
+def test_transformers_is_as_talkative_after_loading_as_before():
     from transformers.utils import logging
 
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    mp.load_base("minilm-l6", device="cpu")
-    assert before == (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    before = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        with base._quiet(True):
+            assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before)
 
 
 # Names that lead nowhere
@@ -297,7 +302,7 @@ def test_a_gguf_file_becomes_the_model_that_it_was_written_from(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     alphabet = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ"]
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "ĠĠ", "ab"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra|>", *alphabet, "ĠĠ", "ab"]
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -323,6 +328,7 @@ def test_a_gguf_file_becomes_the_model_that_it_was_written_from(tmp_path):
     with torch.no_grad():
         assert torch.equal(converted(ids).logits, model(ids).logits)  # the same configuration too
     assert converted.lm_head.weight is converted.model.embed_tokens.weight
-    assert tokenizer("ab  5<|im_end|>").input_ids == [tokens.index(t) for t in ("ab", "ĠĠ", "5", "<|im_end|>")]
+    pieces = ["ab", "ĠĠ", "5", "<|extra|>", "<|im_end|>"]
+    assert tokenizer("ab  5<|extra|><|im_end|>").input_ids == [tokens.index(piece) for piece in pieces]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", "tiny.whl", "out"}

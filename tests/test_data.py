@@ -113,7 +113,7 @@ RIGHT = "timolol | beta blocker | glaucoma | eye drops | asthma"
         ("timolol | beta blocker | glaucoma | by bus | asthma", (0, 1, 0.75, 0)),  # no route at all
         ("timolol | beta blocker | glaucoma | eye drops", (0, 1, 0.75, 0)),
         (f"{RIGHT} | bradycardia", (0, 1, 1, 1)),
-        ("timolol | | glaucoma | eye drops | asthma", (0, 1, 0, 0)),
+        ("timolol |  | glaucoma | eye drops | asthma", (0, 1, 0.75, 0)),  # five fields, one empty
         ("timolol | glaucoma | beta blocker | eye drops | asthma", (1, 1, 0.5, 0)),  # each at its place
         ("timolol|beta blocker|glaucoma|eye drops|asthma", (0, 0, 0, 0)),
         ("Timolol is a beta blocker.", (0, 0, 0, 0)),
