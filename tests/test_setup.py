@@ -44,7 +44,7 @@ def make_targets() -> set[str]:
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["make", *arguments], cwd=REPO, text=True, capture_output=True, timeout=120,
+        ["make", *arguments], cwd=REPO, text=True, capture_output=True, timeout=600,
         env={**outer_environment(), **environment},
     )
 
@@ -234,7 +234,7 @@ def test_lab_without_a_display_prints_an_address_that_opens_the_course(tmp_path)
         ["make", *ready(), "lab"], cwd=REPO, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )
-    too_long = threading.Timer(60, os.killpg, (lab.pid, signal.SIGKILL))
+    too_long = threading.Timer(300, os.killpg, (lab.pid, signal.SIGKILL))
     too_long.start()
     try:
         printed, address = [], None

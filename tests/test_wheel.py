@@ -50,7 +50,7 @@ def elsewhere(wheel, tmp_path_factory) -> Path:
 
 def ask(python: Path, folder: Path, code: str) -> dict:
     """What `code`, run in `folder`, prints as JSON on its last line."""
-    answer = subprocess.run([python, "-I", "-c", code], cwd=folder, text=True, capture_output=True, timeout=120)
+    answer = subprocess.run([python, "-I", "-c", code], cwd=folder, text=True, capture_output=True, timeout=600)
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout.splitlines()[-1])
 
