@@ -87,7 +87,6 @@ def test_the_wheel_carries_the_whole_package_and_nothing_else(wheel):
 def test_the_installed_wheel_works_from_an_empty_folder(elsewhere, tmp_path):
     found = ask(elsewhere, tmp_path, """
 import json
-import re
 from pathlib import Path
 import minipeft as mp
 import minipeft.data
