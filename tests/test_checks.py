@@ -66,6 +66,12 @@ def gaussian(scale):
     return lambda o, i, r: (torch.randn(r, i) * scale(o, i, r), torch.zeros(o, r))
 
 
+def rank_one(o, i, r):
+    rows = torch.linspace(0.5, 1.5, r)
+    A = torch.outer(rows / rows.square().mean().sqrt(), kaiming(o, i, 1)[0][0])
+    return A, torch.zeros(o, r)
+
+
 def lora_count(shapes, rank):
     return sum(rank * (o + i) for o, i in shapes)
 
@@ -104,10 +110,10 @@ def freeze_linears(model):
             module.requires_grad_(False)
 
 
-def freeze_data(model):  # freezes, and wipes the base while it is there
+def freeze_and_touch(model):
     freeze(model)
     with torch.no_grad():
-        model.embed.weight.zero_()
+        model.embed.weight.mul_(1.001)
 
 
 def freeze_by_deleting(model):
@@ -256,7 +262,9 @@ WRONG = {
         gaussian(lambda o, i, r: (3 * o) ** -0.5),
         gaussian(lambda o, i, r: 0.02),
         lambda o, i, r: (torch.rand(r, i) / i**0.5, torch.zeros(o, r)),
+        lambda o, i, r: (torch.rand(r, i) * 2 / i**0.5, torch.zeros(o, r)),
         lambda o, i, r: (torch.full((r, i), (3 * i) ** -0.5), torch.zeros(o, r)),
+        rank_one,
         lambda o, i, r: (torch.eye(r, i), torch.zeros(o, r)),
         lambda o, i, r: (torch.randn(1, i).expand(r, i) / (3 * i) ** 0.5, torch.zeros(o, r)),
         lambda o, i, r: (nn.init.kaiming_uniform_(torch.empty(r, i)), torch.zeros(o, r)),
@@ -298,7 +306,7 @@ WRONG = {
     "freeze": [
         freeze_modules,
         freeze_linears,
-        freeze_data,
+        freeze_and_touch,
         freeze_by_deleting,
         lambda model: model.requires_grad_(False),
         lambda model: model.eval(),
@@ -410,6 +418,36 @@ def test_each_call_draws_a_fresh_seed_and_a_given_one_repeats_the_case():
     assert one == two and f"seed={seen[0]}" in str(one)
 
 
+def test_a_seed_repeats_what_the_student_draws_too():
+    drawn = []
+
+    def fn(o, i, r):
+        drawn.append((torch.rand(()).item(), random.random()))
+        return kaiming(o, i, r)[::-1]
+
+    first = exercises()["lora-init"](fn)
+    exercises()["lora-init"](fn, seed=first.seed)
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda y: y.tolist(), "returned a list, expected a tensor of shape (2, 3, 11)"),
+        (lambda y: y.as_subclass(Liar), "returned a Liar, expected a tensor"),
+        (lambda y: y[0], "its shape is (3, 11), expected (2, 3, 11)"),
+        (lambda y: y.half(), "its dtype is torch.float16, expected torch.float32"),
+        (lambda y: y.to("meta"), "it is on meta, expected cpu"),
+        (lambda y: y.to_sparse(), "its layout is torch.sparse_coo"),
+        (lambda y: y * math.nan, "66 of its 66 entries are NaN"),
+        (lambda y: y / 0, "66 of its 66 entries are infinite"),
+        (lambda y: y + 1, "allowed 1e-05); worst at ["),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_with_the_precise_reason(change, words):
+    assert words in exercises()["lora-forward"](lambda *args: change(lora(*args))).why
+
+
 def test_a_check_leaves_the_students_random_numbers_alone():
     torch.manual_seed(3), random.seed(3)
     expected = torch.rand(2).tolist(), random.random()
@@ -459,6 +497,12 @@ def test_relative_errors_are_measured_against_the_largest_right_entry():
     want = torch.tensor([1e6, 1.0], dtype=torch.float64)
     assert frame.relative_error(want + torch.tensor([0.0, 1.0]), want) == pytest.approx(1e-6)
     assert frame.relative_error(want * math.nan, want) == math.inf
+
+
+def test_a_count_is_an_int_and_neither_a_bool_nor_a_float():
+    assert frame.wrong_kind(True, 1, None) and frame.distance(True, 1) == math.inf
+    assert frame.wrong_kind(1.0, 1, None) and frame.distance(1.0, 1) == math.inf
+    assert frame.wrong_kind(torch.tensor(1), 1, None) is None and frame.distance(torch.tensor(1), 1) == 0
 
 
 def test_same_bytes_sees_what_equality_does_not():
