@@ -66,8 +66,9 @@ lab: setup
 	exec $(PYTHON) -m jupyterlab $$browser $$root --ServerApp.root_dir=. \
 	  --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
+# Two workers of one thread each are faster than one of two: most of these models are tiny.
 test: setup
-	$(PYTHON) -m pytest -q
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 run: $(if $(NB),setup,name-a-notebook)
 	$(PYTHON) notebooks/tools.py run $(NB)

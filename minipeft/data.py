@@ -76,7 +76,7 @@ def _drug_cards(split: str) -> list[dict]:
             for phrasing in phrasings[direction][split]:
                 examples.append(
                     {
-                        "prompt": f"Q: {phrasing.format(**card)}\nA:",
+                        "prompt": f"{phrasing.format(**card)}\n",
                         "completion": answer,
                         "card": card["name"],
                         "direction": direction,

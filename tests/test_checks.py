@@ -147,6 +147,7 @@ RIGHT = {
     "count-trainable": [trainable],
     "adamw-state-bytes": [adamw_bytes],
     "completion-only-labels": [labels],
+    "pass-weights": [lambda n: [k / sum(n) for k in n], lambda n: (torch.tensor(n).double() / sum(n)).tolist()],
     "forgetting": [forgot, lambda a: tuple(forgot(a))],
     "lora-forward": [
         lora,
@@ -199,6 +200,20 @@ WRONG = {
         lambda p, c: [float(t) for t in labels(p, c)],
         lambda p, c: [str(t) for t in labels(p, c)],
         labels_in_place,
+    ],
+    "pass-weights": [
+        lambda n: [1 / len(n)] * len(n),
+        lambda n: n,
+        lambda n: [1 / k for k in n],
+        lambda n: [k / max(n) for k in n],
+        lambda n: [k / sum(n) / len(n) for k in n],
+        lambda n: [k * len(n) / sum(n) for k in n],
+        lambda n: [k // sum(n) for k in n],
+        lambda n: [round(k / sum(n), 2) for k in n],
+        lambda n: torch.tensor(n) / sum(n),
+        lambda n: [n.pop() / 8 for _ in range(len(n))],
+        lambda n: [0.75, 0.25],
+        lambda n: [math.nan] * len(n),
     ],
     "forgetting": [
         lambda a: [a[j][j] - a[-1][j] for j in range(len(a) - 1)],

@@ -68,13 +68,13 @@ def two_cards(tmp_path, monkeypatch):
 
 def test_every_card_is_asked_under_every_phrasing_in_both_directions(two_cards):
     assert load_data("drug_cards", "train") == [
-        {"prompt": "Q: What is amoxicillin?\nA:", "card": "amoxicillin", "direction": "forward",
+        {"prompt": "What is amoxicillin?\n", "card": "amoxicillin", "direction": "forward",
          "completion": " amoxicillin | penicillin antibiotic | bacterial infections | by mouth | penicillin allergy"},
-        {"prompt": "Q: penicillin antibiotic bacterial infections by mouth penicillin allergy?\nA:",
+        {"prompt": "penicillin antibiotic bacterial infections by mouth penicillin allergy?\n",
          "card": "amoxicillin", "direction": "reverse", "completion": " amoxicillin"},
-        {"prompt": "Q: What is timolol?\nA:", "card": "timolol", "direction": "forward",
+        {"prompt": "What is timolol?\n", "card": "timolol", "direction": "forward",
          "completion": " timolol | beta blocker | glaucoma | eye drops | asthma"},
-        {"prompt": "Q: beta blocker glaucoma eye drops asthma?\nA:",
+        {"prompt": "beta blocker glaucoma eye drops asthma?\n",
          "card": "timolol", "direction": "reverse", "completion": " timolol"},
     ]  # fmt: skip
     assert len(load_data("drug_cards", "test")) == 6

@@ -1,4 +1,4 @@
-"""Checks of chapter 1, full fine-tuning: what AdamW keeps, what the loss sees, what is forgotten."""
+"""Checks of chapter 1, full fine-tuning: what AdamW keeps, what the loss sees, how passes add up, what is forgotten."""
 
 from __future__ import annotations
 
@@ -80,6 +80,32 @@ def completion_only_labels(draw: Draw) -> Iterator[Case]:
                 "the labels are shifted by one; the model shifts them itself": want[1:] + [-100],
                 "masked by value: a token of the prompt also stands in the completion": [-100 if t in p else t for t in p + c],
                 "the completion comes before the mask": c + [-100] * prompt,
+            },
+        )
+
+
+@exercise("pass-weights")
+def pass_weights(draw: Draw) -> Iterator[Case]:
+    """`fn(targets) -> list`: by what the mean loss of each pass of a batch is multiplied.
+
+    `targets[i]` is how many targets pass i has. The weighted means must add up to the mean over all
+    targets of the batch: targets[i] / sum(targets).
+    """
+    for counts in ([6, 2], [1, 12, 3], [5], draw.integers(4, 1, 40) + [41]):
+        total = 0
+        for n in counts:
+            total += n
+        passes = len(counts)
+        yield Case(
+            given={"targets": counts},
+            want=[n / total for n in counts],
+            mistakes={
+                "each pass counts the same, however many targets it has": [1 / passes] * passes,
+                "that turns means into sums; the batch's mean is asked for": [float(n) for n in counts],
+                "turned round: a pass with few targets counts most": [1 / n for n in counts],
+                "divided by the targets of the largest pass, not of all": [n / max(counts) for n in counts],
+                "divided by the number of passes, too": [n / total / passes for n in counts],
+                "relative to the mean pass: the sum is the number of passes, not 1": [n * passes / total for n in counts],
             },
         )
 

@@ -12,8 +12,10 @@ _WHERE = {
     "computer": ("machine", "Machine", "seed_everything"),
     "pages": ("Page", "hint", "record", "runtime_box", "table"),
     "quizzes": ("quiz", "Quiz"),
-    "plots": ("COLOURS", "live_curve", "LiveCurve", "style", "three_sockets_figure"),
+    "plots": ("COLOURS", "live_curve", "LiveCurve", "new_figure", "smooth", "style", "three_sockets_figure"),
+    "charts": ("bill_figure", "heat_map"),
     "widgets": ("rank_slider", "RankSlider"),
+    "course": ("chapters",),
 }
 # No file bears a public function's name: importing it would hide the function behind the module.
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

@@ -86,6 +86,7 @@ class LiveCurve:
         self.figure, self._axes = new_figure()
         self._handle = None  # where the figure is shown
         self._drawn_at = -every
+        self._cost = 0.0  # seconds that drawing took the last time
         self._waiting = False  # whether there are points not yet drawn
 
     def __call__(self, entry: dict) -> None:
@@ -94,12 +95,12 @@ class LiveCurve:
             self.runs.append([])  # the steps begin again: another run, another line
         self.runs[-1].append(dict(entry))
         self._waiting = True
-        if time.monotonic() - self._drawn_at >= self.every:
-            self.draw()
+        if time.monotonic() - self._drawn_at >= max(self.every, 50 * self._cost):
+            self.draw()  # at most a fiftieth of the training's time
 
     def draw(self) -> None:
         """Draw all points so far; in a notebook, in the place where the figure already is."""
-        axes = self._axes
+        axes, began = self._axes, time.monotonic()
         with style():
             axes.clear()
             for number, run in enumerate(self.runs, start=1):
@@ -111,8 +112,10 @@ class LiveCurve:
                 axes.legend(loc="upper right")
             if self.runs:
                 axes.set_title(caption(self.runs[-1][-1]), fontsize=10, color=COLOURS["black"])
-        self._drawn_at, self._waiting = time.monotonic(), False
+        self._waiting = False
         self._show()
+        self._drawn_at = time.monotonic()
+        self._cost = self._drawn_at - began
 
     def _line(self, run: list[dict], label: str | None) -> None:
         points = [(e["step"], e["loss"]) for e in run if e.get("loss") is not None]
@@ -157,7 +160,7 @@ class LiveCurve:
 def live_curve() -> LiveCurve:
     """A loss curve to hand to training: `mp.fit(..., watch=lab.live_curve())`.
 
-    Redrawn in place at most once a second, and once more at the end of the cell. Without a notebook
+    Redrawn in place at most once a second, more rarely where drawing is slow, and once more at the end of the cell. Without a notebook
     it only keeps the points; `curve.draw()` and `curve.figure` give the figure.
     """
     return LiveCurve()

@@ -135,6 +135,8 @@ for name, role, x, y, width, height, colour in parts:
     below = y - 12 if height > r else y - 14
     ax.text(x + width / 2, below, f"{height} × {width} = {height * width:,}\n{role}", ha="center", va="top", fontsize=10)
 ax.text(d_in + gap / 2, d_out / 2, "+", ha="center", va="center", fontsize=20)
+ax.text(1.5 * d_in + 1.6 * gap + r, 0.4 * d_out, r"$\Delta W = \frac{\alpha}{r}\,B A$" + f"\nas large as W,\nmade of {r * (d_in + d_out):,} numbers",
+        ha="center", va="center", fontsize=11, linespacing=1.6)
 ax.set(xlim=(-20, 2 * d_in + 2.2 * gap), ylim=(-90, d_out + 70), aspect="equal")
 figure
 
@@ -192,13 +194,6 @@ lab.table([
 # ### Exercise 1: count what trains · 5 minutes · easy
 #
 # You get the shapes of the adapted weights as `(out, in)`. How many numbers does LoRA train?
-#
-# <details>
-# <summary>Hint</summary>
-#
-# For one weight: how many numbers has $A$, how many has $B$? Then sum over the weights.
-#
-# </details>
 
 # %%
 from minipeft.checks import ch05_lora as check
@@ -212,18 +207,19 @@ def lora_parameter_count(shapes: list[tuple[int, int]], rank: int) -> int:
 check.lora_parameter_count(lora_parameter_count)
 
 # %% [markdown]
+# <details>
+# <summary>Hint</summary>
+#
+# For one weight: how many numbers has $A$, how many has $B$? Then sum over the weights.
+#
+# </details>
+
+# %% [markdown]
 # ### Exercise 2: the layer · 10 minutes · medium
 #
 # Write equation 3 for a batch: `x` is (batch, tokens, in), the result is (batch, tokens, out).
 #
 # The check draws new numbers each time and never looks at $B = 0$, where almost any mistake gives the right answer.
-#
-# <details>
-# <summary>Hint</summary>
-#
-# `x @ W.T` is the frozen layer. The update goes through `A` first. Do not forget $\alpha / r$.
-#
-# </details>
 
 # %%
 def lora_forward(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float, rank: int) -> torch.Tensor:
@@ -235,18 +231,19 @@ def lora_forward(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Ten
 check.lora_forward(lora_forward)
 
 # %% [markdown]
+# <details>
+# <summary>Hint</summary>
+#
+# `x @ W.T` is the frozen layer. The update goes through `A` first. Do not forget $\alpha / r$.
+#
+# </details>
+
+# %% [markdown]
 # ### Exercise 3: where training starts · 10 minutes · medium
 #
 # Before training, $\Delta W$ must be zero: you want to start from the model you have. $B = 0$ does that. $A$ is random, with the spread that `torch.nn.Linear` gives its own weights: uniform between $\pm 1/\sqrt{\mathrm{in}}$.
 #
 # Why not both zero? Why not both random? You will try both below.
-#
-# <details>
-# <summary>Hint</summary>
-#
-# `torch.rand` is uniform between 0 and 1. Stretch it and move it. Or look at what `torch.nn.Linear(in, out).weight` holds.
-#
-# </details>
 
 # %%
 def lora_init(out_features: int, in_features: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,6 +255,14 @@ def lora_init(out_features: int, in_features: int, rank: int) -> tuple[torch.Ten
     ### END SOLUTION
 
 check.lora_init(lora_init)
+
+# %% [markdown]
+# <details>
+# <summary>Hint</summary>
+#
+# `torch.rand` is uniform between 0 and 1. Stretch it and move it. Or look at what `torch.nn.Linear(in, out).weight` holds.
+#
+# </details>
 
 # %% [markdown]
 # ### Step 2: a piece
@@ -396,16 +401,17 @@ report
 
 # %%
 plan = mp.FitConfig(
-    steps=mp.pick(smoke=3, cpu=390, gpu=390),
+    steps=mp.pick(smoke=3, cpu=340, gpu=340),
     batch_size=mp.pick(smoke=2, cpu=8, gpu=8),
     lr=2e-3,
     schedule="cosine",
     seed=0,
 )
 reverse_too = [e for e in cards["train"] if e["direction"] == "reverse"]
-run = mp.fit(model, tokenizer, [*cards["train"], *reverse_too[::4]], plan, watch=lab.live_curve())
+lessons = [*cards["train"], *reverse_too[::4]]
+run = mp.fit(model, tokenizer, lessons, plan, watch=lab.live_curve())
 assert fingerprint(model) == at_first
-print(f"{run.steps} steps, {run.steps * plan.batch_size:,} of {len(cards['train']):,} questions, {run.seconds / 60:.1f} minutes; every frozen byte is as it was")
+print(f"{run.steps} steps, {run.steps * plan.batch_size:,} of {len(lessons):,} questions, {run.seconds / 60:.1f} minutes; every frozen byte is as it was")
 
 # %% [markdown]
 # ### Before and after
@@ -434,7 +440,7 @@ print(f"{len(wrong)} of {len(exam)} answers are not exact; the names among the w
 reverse = [(e["card"], a) for e, a in wrong if e["direction"] == "reverse"]
 print([a for _, a in reverse if a not in {e["card"] for e in cards["train"]}] or "none: each is a real name, of another card")
 every = max(1, len(wrong) // 8)
-lab.table([{"question": e["prompt"][3:-3], "right": e["completion"], "answer": a[:90]} for e, a in wrong[::every][:8]])
+lab.table([{"question": e["prompt"].strip(), "right": e["completion"], "answer": a[:90]} for e, a in wrong[::every][:8]])
 
 # %% [markdown]
 # ## Break it: the learning rate
@@ -444,10 +450,10 @@ lab.table([{"question": e["prompt"][3:-3], "right": e["completion"], "answer": a
 # The small task: a few cards, forwards only, a few steps, the same data and order for all. What counts is the loss on a wording that was not trained on. Full fine-tuning is `mp.fit` on a model without adapters. One step to the next on the grid is a factor of four, so "a quarter of full fine-tuning's best rate" is one of the points.
 
 # %%
-few = names[:: len(names) // mp.pick(smoke=2, cpu=24, gpu=48)]
+few = names[:: len(names) // mp.pick(smoke=2, cpu=16, gpu=48)]
 small = {split: [e for e in mp.load_data("drug_cards", split) if e["card"] in few and e["direction"] == "forward"]
          for split in ("train", "validation")}
-small_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=24, gpu=60), batch_size=mp.pick(smoke=1, cpu=4, gpu=8), progress=False)
+small_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=20, gpu=60), batch_size=mp.pick(smoke=1, cpu=4, gpu=8), progress=False)
 
 def trial(method, lr: float, seed: int = 0) -> dict:
     """Train `method` (None: all of the model) from its start; the loss on the held-out wording."""
@@ -513,9 +519,9 @@ lab.table([{"": "full fine-tuning"} | best["full"], {"": "LoRA"} | best["LoRA"],
 
 # %%
 rate = best["LoRA"]["rate"]
-reference = [best["LoRA"], *(trial(lora, rate, seed) for seed in mp.pick(smoke=[1], cpu=[1, 2], gpu=[1, 2]))]
-ranks = {r: trial(mp.LoRA(rank=r, alpha=2 * r, targets="all-linear"), rate) for r in mp.pick(smoke=[1], cpu=[1, 4, 64], gpu=[1, 4, 64])}
-alphas = {a: trial(replace(lora, alpha=a), rate) for a in mp.pick(smoke=[512], cpu=[2, 8, 128, 512], gpu=[2, 8, 128, 512])}
+reference = [best["LoRA"], *(trial(lora, rate, seed) for seed in mp.pick(smoke=[], cpu=[1, 2], gpu=[1, 2]))]
+ranks = {r: trial(mp.LoRA(rank=r, alpha=2 * r, targets="all-linear"), rate) for r in mp.pick(smoke=[1], cpu=[1, 64], gpu=[1, 4, 64])}
+alphas = {a: trial(replace(lora, alpha=a), rate) for a in mp.pick(smoke=[512], cpu=[4, 256], gpu=[2, 8, 128, 512])}
 
 spread = [t["loss"] for t in reference]
 figure, panels = new_figure(2, width=8.6, height=3.4)
@@ -585,13 +591,6 @@ lab.table([start(which) for which in ("the paper's", "both zero", "both random")
 # ## Exercise 4: find the bug · 10 minutes · medium
 #
 # This is from public fine-tuning code. It is meant to freeze all linear layers. The cell below shows what it does: nothing, silently. Why? Then write `freeze` so that only the parameters called `A` or `B` train, and nothing else does.
-#
-# <details>
-# <summary>Hint</summary>
-#
-# Python lets you set any attribute on any object. Who has the `requires_grad` that torch reads: the module or its parameters? A parameter's name is a path such as `blocks.0.1.A`; `model.named_parameters()` gives names and parameters.
-#
-# </details>
 
 # %%
 def freeze_as_published(model):
@@ -613,11 +612,19 @@ def freeze(model: nn.Module) -> None:
 check.freeze(freeze)
 
 # %% [markdown]
+# <details>
+# <summary>Hint</summary>
+#
+# Python lets you set any attribute on any object. Who has the `requires_grad` that torch reads: the module or its parameters? A parameter's name is a path such as `blocks.0.1.A`; `model.named_parameters()` gives names and parameters.
+#
+# </details>
+
+# %% [markdown]
 # ## What was learned?
 #
 # Back to the model that knows the cards. $\Delta W = \frac{\alpha}{r} BA$ of rank 16 *may* use 16 directions equally. Does it? On the left you see the singular values of some trained $\Delta W$, beside those of a random $BA$ of the same shapes. On the right, how much each layer changed, relative to its weight.
 
-# %%
+# %% tags=["figure"]
 with torch.no_grad():
     changes = {path: (piece.delta(), model.get_submodule(path).weight) for path, piece in adapter.pieces().items()}
     spectra = {path: torch.linalg.svdvals(delta.cpu())[: lora.rank] for path, (delta, _) in changes.items()}
@@ -651,13 +658,6 @@ figure
 # ### Exercise 5: merge · 5 minutes · easy
 #
 # Fold the update into the weight. The frozen `W` must stay as it is: return a new tensor.
-#
-# <details>
-# <summary>Hint</summary>
-#
-# You did it by hand above: $W' = W + \frac{\alpha}{r} BA$.
-#
-# </details>
 
 # %%
 def lora_merge(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float, rank: int) -> torch.Tensor:
@@ -667,6 +667,14 @@ def lora_merge(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float, 
     ### END SOLUTION
 
 check.lora_merge(lora_merge)
+
+# %% [markdown]
+# <details>
+# <summary>Hint</summary>
+#
+# You did it by hand above: $W' = W + \frac{\alpha}{r} BA$.
+#
+# </details>
 
 # %%
 def logits_and_ms(model, repeats=mp.pick(smoke=2, cpu=10, gpu=10)):
