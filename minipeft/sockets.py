@@ -213,6 +213,10 @@ def merge(model: nn.Module, name: str = "default") -> None:
         raise ValueError(f"adapter {name!r} is merged already")
     if name not in home.active:
         raise ValueError(f"adapter {name!r} is not active; activate it before merging")
+    owners: dict[Tensor, list[str]] = {}
+    for path, module in anatomy.base_modules(model).items():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            owners.setdefault(module.weight, []).append(path)
     for path, piece in adapter.pieces().items():
         if isinstance(piece, OwnHead):
             continue
@@ -221,7 +225,13 @@ def merge(model: nn.Module, name: str = "default") -> None:
                 f"{type(adapter.method).__name__} cannot be merged: {type(piece).__name__} at "
                 f"{path!r} is not a change of a weight (LoRA, DoRA and (IA)³ are)"
             )
-        _check_weight_can_take(model, path)
+        weight = model.get_submodule(path).weight
+        if not weight.is_floating_point():
+            raise TypeError(f"{path!r} holds {weight.dtype} codes; an adapter can be merged into a "
+                            "floating-point weight only")
+        twins = [twin for twin in owners[weight] if twin != path]
+        if twins:
+            raise ValueError(f"{path!r} shares its weight with {twins[0]!r}; merging would change both")
     _refold(model, home, adapter, (*home.merged, name))
 
 
@@ -299,18 +309,6 @@ def check_new_name(model: nn.Module, name: str) -> None:
                          f"(attached: {', '.join(home._modules)})")
     if hasattr(Adapters, name) or (home is not None and hasattr(home, name)):
         raise ValueError(f"name is {name!r}, which a module uses for itself; choose another")
-
-
-def _check_weight_can_take(model, path) -> None:
-    module = model.get_submodule(path)
-    weight = module.weight
-    if not weight.is_floating_point():
-        raise TypeError(f"{path!r} holds {weight.dtype} codes; an adapter can be merged into a "
-                        "floating-point weight only")
-    twins = [n for n, m in model.named_modules()
-             if m is not module and getattr(m, "weight", None) is weight]
-    if twins:
-        raise ValueError(f"{path!r} shares its weight with {twins[0]!r}; merging would change both")
 
 
 @torch.no_grad()
