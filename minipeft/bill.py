@@ -23,9 +23,10 @@ while every tensor's birth and death is counted. Blocks are alike, so three and 
 and the line through the two results gives the rest.
 
 What was found beside real runs (float32 on a CPU, tests/test_bill.py): within 1 % of the bytes that
-torch's profiler counts for one pass. The process itself grows by more, because its allocator keeps
-freed memory: up to 15 % was seen. On a GPU the attention kernel is another one and the CUDA context
-takes some hundred MB more; neither is in the bill.
+torch's profiler counts for one pass. A process grows by that, within 15 %, where its allocator gives
+freed memory back at once, and by up to a third more where it keeps it, as glibc's does by default.
+On a GPU the attention kernel is another one and the CUDA context takes some hundred MB more; neither
+is in the bill.
 """
 
 from __future__ import annotations
