@@ -401,7 +401,7 @@ report
 
 # %%
 plan = mp.FitConfig(
-    steps=mp.pick(smoke=3, cpu=345, gpu=345),
+    steps=mp.pick(smoke=3, cpu=350, gpu=350),
     batch_size=mp.pick(smoke=2, cpu=8, gpu=8),
     lr=2e-3,
     schedule="cosine",
