@@ -700,7 +700,7 @@ def _write_html(course: Course, notebook: nbformat.NotebookNode, result: Run) ->
     folder = course.root / "build" / "html"
     path = (folder if result.version == "student" else folder / "solutions") / f"{result.name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    html, _ = HTMLExporter(embed_images=True).from_notebook_node(
+    html, _ = HTMLExporter().from_notebook_node(
         notebook, resources={"metadata": {"name": result.name, "path": str(course.folder)}}
     )
     path.write_text(html, encoding="utf-8")
