@@ -250,21 +250,18 @@ def memory_bill(
     if limit and seq > limit:
         raise ValueError(f"seq is {seq}; {type(config).__name__} says max_position_embeddings {limit}")
 
-    with torch.random.fork_rng(devices=[]):
-        model = _fake_model(config, model_class, DTYPES[dtype_name])
-        if anatomy.anatomy(model).head is None:
-            raise TypeError(f"model_or_config is a {model_class.__name__}, a body without a head; accepted is a model "
-                            "with one, such as mp.load_base(name, num_labels=2) gives")
-        base, buffers = list(model.parameters()), list(model.buffers())
-        if not full:
-            with base[0].fake_mode:
-                sockets.attach(model, method)
-        if gradient_checkpointing:
-            _recompute_blocks(model)
-        autocast = (torch.autocast("cpu", torch.bfloat16) if dtype_name == "autocast"
-                    else contextlib.nullcontext())
-        with autocast:
-            activations, logits, highest = _measure(model, batch, seq, targets)
+    model = _fake_model(config, model_class, DTYPES[dtype_name])
+    if anatomy.anatomy(model).head is None:
+        raise TypeError(f"model_or_config is a {model_class.__name__}, a body without a head; accepted is a model "
+                        "with one, such as mp.load_base(name, num_labels=2) gives")
+    base, buffers = list(model.parameters()), list(model.buffers())
+    if not full:
+        with base[0].fake_mode:
+            sockets.attach(model, method)
+    if gradient_checkpointing:
+        _recompute_blocks(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype_name == "autocast"):
+        activations, logits, highest = _measure(model, batch, seq, targets)
 
     trained = [p for p in model.parameters() if p.requires_grad]
     own = {id(p) for p in base}

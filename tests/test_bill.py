@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import psutil
 import pytest
@@ -237,6 +237,47 @@ def test_the_bill_of_a_small_llama_is_what_a_real_pass_takes(case):
     assert bill.peak - standing(bill) == pytest.approx(most, rel=0.02)
 
 
+class Front(nn.Module):
+    """Two positions in front, of the keys and values (1, 2, 2, 16) or of the embeddings (2, 64)."""
+
+    length = 2
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.P = nn.Parameter(torch.zeros(*shape))
+
+    def forward(self, *given):  # (B, H, T, d) twice, or (B, T, d) once
+        longer = tuple(torch.cat([self.P.expand(len(t), *self.P.shape[-t.dim() + 1:]), t], dim=-2) for t in given)
+        return longer if len(longer) > 1 else longer[0]
+
+
+@dataclass(frozen=True)
+class Fronts:
+    """A method for the other two sockets."""
+
+    socket: str
+
+    def pieces(self, model):
+        if self.socket == "embedding":
+            yield "embedding", "model.embed_tokens", Front(2, 64)
+        else:
+            for i in range(len(model.model.layers)):
+                yield "key/value", f"model.layers.{i}.self_attn", Front(1, 2, 2, 16)
+
+
+@pytest.mark.parametrize("socket", ["embedding", "key/value"])
+def test_pieces_in_the_other_sockets_are_billed_as_well(socket):
+    model = LlamaForCausalLM(small_llama(layers=6)).train()
+    attention = model.config._attn_implementation
+    bill = mp.memory_bill(model, Fronts(socket), batch=4, seq=32, logit_positions=8)
+    assert model.config._attn_implementation == attention
+    mp.attach(model, Fronts(socket))
+    kept, most = measured(model, 4, 32, 8)
+    assert bill.trainable == (2 * 64 if socket == "embedding" else 6 * 2 * 2 * 16)
+    assert bill.activations + bill.logits == pytest.approx(kept, rel=0.02)
+    assert bill.peak - standing(bill) == pytest.approx(most, rel=0.02)
+
+
 def test_gradients_that_add_up_over_passes_bring_the_step_up_to_the_total():
     config = small_llama(layers=7)
     bill = mp.memory_bill(config, "full", batch=8, seq=64, logit_positions=8)
@@ -367,13 +408,13 @@ def test_asking_leaves_the_model_its_config_and_the_random_numbers_alone():
     model = LlamaForCausalLM(small_llama()).eval()
     adapter = mp.attach(model, mp.LoRA(rank=2))
     before, config, state = [p.clone() for p in model.parameters()], model.config.to_dict(), torch.get_rng_state()
-    first = mp.memory_bill(model, EVERYWHERE, batch=2, seq=8)
+    first = mp.memory_bill(model, EVERYWHERE, batch=2, seq=8, dtype="bfloat16")
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config.to_dict() == config and not model.training
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert sockets.adapters(model) == {"default": adapter}
     assert torch.get_default_dtype() == torch.float32
-    assert first == mp.memory_bill(model.config, EVERYWHERE, batch=2, seq=8)  # its own adapter does not count
+    assert first == mp.memory_bill(model.config, EVERYWHERE, batch=2, seq=8, dtype="bfloat16")  # its own adapter does not count
 
 
 def test_an_encoder_config_is_billed_as_a_classifier():
