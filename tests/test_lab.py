@@ -42,13 +42,22 @@ def test_a_quiz_has_a_static_form_with_every_reason_folded_and_formulas_whole():
 def test_a_live_quiz_says_why_an_answer_is_wrong_and_counts_first_tries():
     box = lab.quiz([QUESTION, QUESTION]).widget()
     first, second, score = box.children
-    right, wrong = (row.children[0] for row in first.children[1:3])
+    buttons = [{row.children[1].value: row.children[0] for row in box.children[1:3]} for box in (first, second)]
+    right, wrong = (buttons[0][choice] for choice in QUESTION["choices"])
     wrong.click()
     assert "Not right." in first.children[-1].value and "full fine-tuning" in first.children[-1].value
     right.click()
     assert "Right." in first.children[-1].value
-    second.children[1].children[0].click()
+    buttons[1][QUESTION["right"]].click()
     assert "1 of 2 right at the first try" in score.value
+
+
+def test_the_right_choice_stands_anywhere_but_always_at_the_same_place():
+    def places():
+        quiz = lab.quiz({"question": f"{i} + 1?", "choices": {c: "because" for c in "abcd"}, "right": "a"} for i in range(40))
+        return [list(q["choices"]).index(q["right"]) for q in quiz.questions]
+
+    assert set(places()) == {0, 1, 2, 3} and places() == places()
 
 
 @pytest.mark.parametrize(

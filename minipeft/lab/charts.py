@@ -34,8 +34,9 @@ def bill_figure(bills: Mapping[str, object], marks: Mapping[str, float] | None =
             for part, size in parts.items():
                 axes.barh(place, size / scale, left=left / scale, height=0.6, color=STACK[part])
                 left += size
-            axes.text(left / scale, place, f" {left / scale:,.{0 if left / scale >= 10 else 1}f}", va="center", zorder=3,
-                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+            axes.annotate(f"{left / scale:,.{0 if left / scale >= 10 else 2}f}", (left / scale, place), xytext=(5, 0),
+                          textcoords="offset points", va="center", zorder=3,
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         for name, size in marks.items():
             axes.axvline(size / scale, color=COLOURS["black"], linestyle="--", linewidth=1.2)
             axes.text(size / scale, -0.62, f" {name}", fontsize=9, va="bottom")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import random
 import sys
 from collections.abc import Iterable, Mapping
 
@@ -55,6 +56,9 @@ def quiz(questions: Iterable[Mapping]) -> Quiz:
     choices    {choice: why it is right or wrong}, a reason for every choice
     right      the right choice, word for word
 
+    The choices are shown in an order drawn from the question's text: always the same for a question,
+    and no hint, however they were written down.
+
     ValueError where a reason is missing, or `right` is none of the choices.
     """
     checked = []
@@ -76,7 +80,9 @@ def quiz(questions: Iterable[Mapping]) -> Quiz:
             near = difflib.get_close_matches(right, choices, 1)
             did_you_mean = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{where}: the right answer {right!r} is none of its choices{did_you_mean}")
-        checked.append({"question": str(given["question"]), "choices": choices, "right": right})
+        order = list(choices)
+        random.Random(str(given["question"])).shuffle(order)
+        checked.append({"question": str(given["question"]), "choices": {c: choices[c] for c in order}, "right": right})
     if not checked:
         raise ValueError("a quiz needs at least one question")
     return Quiz(checked)

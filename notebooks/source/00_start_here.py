@@ -165,7 +165,7 @@ check.count_trainable(count_trainable)
 # %% [markdown]
 # ## A tour in ten lines
 #
-# Now the whole course in small. SmolLM2-135M is a real language model, small enough for a laptop. You load it, take a fingerprint of all its bytes, and ask it about a medicine, in the words that the course's drug cards use. It has never seen a card, so expect nonsense.
+# Now the whole course in small. SmolLM2-135M is a real language model, small enough for a laptop. You load it, take a fingerprint of all its bytes, and ask it about a medicine, in the words that the course's drug cards use. It has never seen a card. Read what it says: it sounds sure. Is it right?
 #
 # (The cards are teaching data, not medical advice.)
 
@@ -260,7 +260,7 @@ lab.table([{"": name, "you": "no prediction" if predicted[name] is None else pre
 # ## Quiz
 
 # %%
-share = {name: f"{100 * bills['all weights'].__dict__[name] / bills['all weights'].total:.0f} %" for name in ("weights", "optimizer", "activations")}
+share = {name: f"{100 * getattr(bills['all weights'], name) / bills['all weights'].total:.0f} %" for name in ("weights", "optimizer", "activations")}
 lab.quiz([
     {"question": "A method adds trained keys and values to every attention layer. Which socket?", "right": "key/value",
      "choices": {"key/value": "$(K, V) \\to ([P_K; K], [P_V; V])$: prefix tuning.",
@@ -278,9 +278,9 @@ lab.quiz([
      "choices": {"not one byte of the base changed": "Equal hashes of all bytes: the training went into the pieces only.",
                  "LoRA's update is small": "Its size does not matter. The smallest change of one byte would give another hash.",
                  "the model has learned": "Compare the answers for that. The hash says nothing about them."}},
-    {"question": "A check says *not attempted*. What happened?", "right": "the stub is still there",
+    {"question": "A check says: not attempted. What happened?", "right": "the stub is still there",
      "choices": {"the stub is still there": "Nothing was returned, so there is nothing to judge. It never counts as passed.",
-                 "your answer is wrong": "Then it would say *failed*, and why.",
+                 "your answer is wrong": "Then it would say: failed, and why.",
                  "the chapter cannot go on": "It can: later cells do not need your code."}},
 ])
 

@@ -117,14 +117,14 @@ lab.table(rows)
 # | $\theta$, the weights | as the model's | always |
 # | $g$, the gradients | the same | from the backward pass to the step |
 # | $m$ and $v$, AdamW's states | the same, twice | from the first step to the end |
-# | activations | batch × tokens × width, many times | from the forward pass until the backward pass has used them |
+# | activations: what the layers computed and the backward pass needs | batch × tokens × width, many times | from the forward pass until the backward pass has used them |
 # | $\eta$, $\lambda$, $t$ | one number each | rate, weight decay, number of the step |
 #
 # So training holds **four numbers for every weight**, and the activations besides. The first four do not care how much text you feed. The activations grow with it. Here is what `mp.memory_bill` predicts for this model, from its configuration alone.
 
 # %%
 TOKENS = 24
-bills = {f"{b} texts of {TOKENS} tokens": mp.memory_bill(model, "full", batch=b, seq=TOKENS) for b in (1, 8, 32, 128)}
+bills = {f"{b} × {TOKENS} tokens": mp.memory_bill(model, "full", batch=b, seq=TOKENS) for b in (1, 8, 32, 128)}
 lab.bill_figure(bills)
 
 # %% [markdown]
@@ -339,7 +339,7 @@ done = subprocess.run([sys.executable, "-c", inspect.getsource(growth) + f"print
                       capture_output=True, text=True, check=True)
 
 # %%
-bill = bills[f"32 texts of {TOKENS} tokens"]
+bill = bills[f"32 × {TOKENS} tokens"]
 counted = {"weights": moments["loaded"]["weights"], "gradients": moments["1st backward pass"]["gradients"],
            "optimizer": moments["2nd forward pass"]["optimizer"], "activations": moments["2nd forward pass"]["activations"],
            "peak": moments["loaded"]["weights"] + int(done.stdout.split()[-1])}
@@ -377,7 +377,7 @@ figure
 #
 # Now and then a batch gives a huge gradient. Clipping takes all gradients as one long vector. If it is longer than allowed, it is shortened. Its direction stays.
 #
-# Then everything together. The numbers that dropout draws are a function of the seed and the step, so that two runs can be compared.
+# Then everything together. Two things make your loop comparable with `mp.fit`. `training.encode` and `training.batch_of` choose the texts of each step, the same for both. And dropout, which in training sets some activations to zero at random, draws from a seed that depends on the step alone.
 
 # %%
 def clip_(grads, longest: float = 1.0) -> float:
@@ -424,7 +424,7 @@ print(inspect.getsource(training._step))
 # %% [markdown]
 # ## Nothing changed yet: what will train
 #
-# All of it. You can count a BERT's numbers from its shapes: $V$ words, $T$ positions, width $d$, feed-forward width $f$, $L$ layers. A linear layer has a bias, a layer norm has two vectors.
+# All of it. You can count a BERT's numbers from its shapes: $V$ words, $T$ positions, width $d$, feed-forward width $f$, $L$ layers. A linear layer has a bias, a layer norm has two vectors. The *pooler* is one more linear layer, between the last layer and the head.
 #
 # $$(V + T + 2 + 2)\,d + L\,\big(\underbrace{4(d^2 + d)}_{\text{attention}} + \underbrace{2df + f + d}_{\text{feed-forward}} + \underbrace{4d}_{\text{two norms}}\big) + \underbrace{d^2 + d}_{\text{pooler}} + \underbrace{2d + 2}_{\text{head}}$$
 
@@ -489,6 +489,8 @@ figure
 # ## Forgetting
 #
 # The model now knows films. Train it on products, then on editorials, then on tweets, each time from where it stands. After each stage, test all four. Nobody asks it to keep what it knows about films. Does it?
+#
+# And test something that no stage trains. The model was made for search: it turns a text into a vector, the mean over its tokens, and texts of like meaning lie near each other. So given every third word of a sentence, it can find the sentence among all others. Call that the **old skill**.
 
 # %%
 def find_again(model) -> float:
@@ -605,7 +607,7 @@ for factor in (1, 10):
 
 figure, ax = lab.new_figure(width=7, height=3.3)
 for (name, history), colour in zip(kept.items(), ("blue", "sky", "vermilion", "orange")):
-    ax.plot(lab.smooth([h["loss"] for h in history]), label=name, color=lab.COLOURS[colour])
+    ax.plot(lab.smooth([h["loss"] for h in history], 0.5), label=name, color=lab.COLOURS[colour])
 ax.axhline(math.log(2), color=lab.COLOURS["grey"], linestyle="--", linewidth=1.2, label="knowing nothing")
 ax.set(xlabel="step", ylabel="loss, smoothed", ylim=(0, None))
 ax.legend(fontsize=9, ncols=2)
@@ -613,7 +615,9 @@ display(figure)
 lab.table(broken)
 
 # %% [markdown]
-# A loss that sits at $\log 2$, the grey line, is a model that gives both classes the same chance. Ten times the rate can push it there in the first steps, and it does not come back: the published weights are gone, and a few hundred texts cannot replace them. Nothing raises an error. Look at the curve.
+# A loss that sits at $\log 2$, the grey line, is a model that gives both classes the same chance. Ten times the rate can push it there within a few steps, and it does not come back: what the model came with is overwritten, and a few hundred texts cannot replace it. Nothing raises an error. Look at the curve, and compare the accuracy with the share of the commoner label.
+#
+# Warm-up spares the first steps: compare the two high rates at the left. It does not make a wrong rate right.
 #
 # ## Exercise 4: find the bug (10 minutes, ★★)
 #
@@ -658,10 +662,10 @@ check.pass_weights(pass_weights)
 #
 # ## Save, reload, compare
 #
-# What you trained is all of the model, so all of it must be stored, once for each task. For comparison, the last line: a LoRA on the same model, stored without the base. How it works is chapter 5's matter. Here only its size counts.
+# What you trained is all of the model, so all of it must be stored, once for each task. For comparison, the last line: a LoRA on the same model. Ten tasks then need the base once, and ten small files. How it works is the matter of chapter 5. Here only its size counts.
 
 # %%
-shelf = Path(tempfile.mkdtemp())
+shelf = Path((folder := tempfile.TemporaryDirectory()).name)
 joint.save_pretrained(shelf / "full")
 tokenizer.save_pretrained(shelf / "full")
 again, _ = mp.load_base(str(shelf / "full"))
@@ -672,7 +676,8 @@ mp.attach(fresh_one := fresh()[0], mp.LoRA(rank=8, targets="attention"))
 mp.save_adapter(fresh_one, shelf / "adapter")
 file_bytes = {kind: sum(f.stat().st_size for f in (shelf / kind).glob("*.safetensors")) for kind in ("full", "adapter")}
 ten = {kind: 10 * size + (file_bytes["full"] if kind == "adapter" else 0) for kind, size in file_bytes.items()}
-lab.table([{"": kind, "one task, MB": file_bytes[kind] / 1e6, "ten tasks, with the base, MB": ten[kind] / 1e6} for kind in file_bytes])
+words = {"full": "the whole model", "adapter": "a LoRA of rank 8"}
+lab.table([{"": words[kind], "one task, MB": file_bytes[kind] / 1e6, "ten tasks, MB": ten[kind] / 1e6} for kind in words])
 
 # %% [markdown]
 # ## The row for the cost table, and your predictions
