@@ -129,14 +129,14 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         total[path] += p.numel()
     methods = [Count("base", sum(trainable.values()), sum(total.values()))]
     for adapter_name, adapter in sockets.adapters(model).items():
-        count = Counter()
-        for name, p in adapter.named_parameters():
-            path = name.rpartition(".")[0]
-            trainable[path] += p.numel() * p.requires_grad
-            total[path] += p.numel()
-            count.update(trainable=p.numel() * p.requires_grad, total=p.numel())
+        own = list(adapter.parameters())
+        for path, piece in adapter.pieces().items():
+            for p in piece.parameters():
+                trainable[path] += p.numel() * p.requires_grad
+                total[path] += p.numel()
         kind = type(adapter.method).__name__
-        methods.append(Count(f"{kind} {adapter_name!r}", count["trainable"], count["total"]))
+        methods.append(Count(f"{kind} {adapter_name!r}", sum(p.numel() for p in own if p.requires_grad),
+                             sum(p.numel() for p in own)))
     return ParameterReport(
         trainable=sum(trainable.values()),
         total=sum(total.values()),

@@ -373,8 +373,10 @@ class OwnHead(nn.Module):
     def __init__(self, head: nn.Module):
         super().__init__()
         # a copy of the head alone: of its hooks, which may lead to other adapters, it gets none
-        no_hooks = {id(m._forward_hooks): OrderedDict() for m in head.modules()}
-        self.copy = copy.deepcopy(head, no_hooks).to(**trainable_like(head)).requires_grad_(True)
+        instead = {id(m._forward_hooks): OrderedDict() for m in head.modules()}
+        for p in head.parameters():                              # not by Module.to, which fake tensors refuse
+            instead[id(p)] = nn.Parameter(p.detach().to(**trainable_like(head), copy=True))
+        self.copy = copy.deepcopy(head, instead)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.copy(x.to(next(self.copy.parameters()).dtype)).to(y.dtype)

@@ -83,6 +83,15 @@ def test_every_adapter_is_reported_beside_the_base():
         bills.Count("base", 0, base), bills.Count("LoRA 'one'", one, one), bills.Count("LoRA 'two'", 0, two))
 
 
+def test_a_classifier_that_is_trained_too_is_counted_at_its_place():
+    model = FAMILIES["bert"]()
+    mp.attach(model, mp.LoRA(rank=2, targets="query"))
+    report = mp.parameter_report(model)
+    head = 32 * 3 + 3
+    assert bills.Count("classifier", head, 2 * head) in report.modules
+    assert report.trainable == 2 * 2 * (32 + 32) + head == sum(m.trainable for m in report.modules)
+
+
 def test_the_report_is_a_table_with_equal_modules_in_one_row():
     model = LlamaForCausalLM(small_llama())
     mp.attach(model, mp.LoRA(rank=2, targets="q_proj"))
@@ -206,7 +215,8 @@ def standing(bill):
 @pytest.mark.parametrize("base, method, shape, ruler", [
     ("smollm2-135m", mp.LoRA(rank=8, targets="all-linear"), (2, 48, 12), measured),
     ("minilm-l6", "full", (8, 32, 1), profiled),
-], ids=["smollm2", "minilm"])  # fmt: skip
+    ("minilm-l6", mp.LoRA(rank=8, targets="attention"), (8, 32, 1), measured),
+], ids=["smollm2", "minilm", "minilm-lora"])  # fmt: skip
 def test_the_bill_of_a_real_model_is_what_a_real_pass_takes(base, method, shape, ruler):
     model, _ = mp.load_base(base, device="cpu", num_labels=3 if base == "minilm-l6" else None)
     bill = mp.memory_bill(model, method, **dict(zip(("batch", "seq", "logit_positions"), shape, strict=True)))
