@@ -282,14 +282,15 @@ def memory_bill(
     temporary += largest
     standing = weights + adapter + states
     words = "full fine-tuning" if full else repr(method)
+    at = "" if model.get_output_embeddings() is None else f", targets at {targets} each"
     return MemoryBill(
         weights=weights, adapter=adapter, gradients=gradients, optimizer=states,
         activations=activations, logits=logits, temporary=temporary,
         peak=standing + largest + max(highest),
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in trained),
-        assumed=f"{model_class.__name__}, {words}: one pass of {batch} × {seq} tokens, targets at {targets} "
-                f"each; {optimizer}, {dtype_name}{', NF4 base' if quantized else ''}"
+        assumed=f"{model_class.__name__}, {words}: one pass of {batch} × {seq} tokens{at}; "
+                f"{optimizer}, {dtype_name}{', NF4 base' if quantized else ''}"
                 f"{', gradient checkpointing' if gradient_checkpointing else ''}; no master weights",
     )
 
