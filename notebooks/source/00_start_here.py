@@ -181,9 +181,9 @@ model, tokenizer = mp.load_base("smollm2-135m")
 at_first = fingerprint(model)
 card = {split: [e for e in mp.load_data("drug_cards", split) if (e["card"], e["direction"]) == ("amoxicillin", "forward")]
         for split in ("train", "test")}
-question = card["test"][0]["prompt"]
-before = mp.generate(model, tokenizer, [question], max_new_tokens=24)[0]
-print(question, before, sep="")
+asked = [card["test"][0]["prompt"], card["test"][0]["prompt"].replace("amoxicillin", "ibuprofen")]
+before = mp.generate(model, tokenizer, asked, max_new_tokens=24)
+print(*(f"{question.strip()} → {answer.strip()}" for question, answer in zip(asked, before)), sep="\n")
 
 # %% [markdown]
 # **Attach.** One line plugs LoRA, a method of the module socket, into every linear layer. The report says how much of the model now trains. Chapter 5 takes this line apart.
@@ -195,24 +195,27 @@ print(f"{report.trainable:,} of {report.total:,} numbers train: {report.percent:
 report
 
 # %% [markdown]
-# **Teach.** It learns one card, asked in a handful of wordings. Then you ask again, in a wording that was not among them.
+# **Teach.** It learns the card of amoxicillin, asked in a handful of wordings. Then you ask again, in a wording that was not among them. And you ask about ibuprofen, which nobody taught it.
 
 # %%
-run = mp.fit(model, tokenizer, card["train"], mp.FitConfig(steps=mp.pick(smoke=2, cpu=12, gpu=12), batch_size=len(card["train"]), lr=4e-3))
-taught = mp.generate(model, tokenizer, [question], max_new_tokens=24)[0]
+recipe = mp.FitConfig(steps=mp.pick(smoke=2, cpu=12, gpu=12), batch_size=len(card["train"]), lr=4e-3)
+run = mp.fit(model, tokenizer, card["train"], recipe)
+taught = mp.generate(model, tokenizer, asked, max_new_tokens=24)
+learned = taught[0] == card["test"][0]["completion"]
 print("loss, first and last step:", *(f"{run.history[i]['loss']:.3f}" for i in (0, -1)))
-print("asked for:", card["test"][0]["completion"])
-print("answer:   ", taught)
-if mp.profile().name == "smoke":
-    print(f"(the smoke profile stops after {run.steps} steps)")
+print("on the card:", card["test"][0]["completion"].strip())
+print(*(f"{question.strip()} → {answer.strip() or '(nothing)'}" for question, answer in zip(asked, taught)), sep="\n")
+print("learned, letter for letter" if learned else f"not learned in {run.steps} steps")
 
 # %% [markdown]
-# **Detach.** The pieces come out. What is left is the model as it was: the same bytes, the same answer.
+# It may have paid for that: compare what it says on ibuprofen with what it said before. With the adapter in place, a model can forget, too.
+#
+# **Detach.** The pieces come out. What is left is the model as it was: the same bytes, the same answers.
 
 # %%
 mp.detach(model)
 assert fingerprint(model) == at_first
-assert mp.generate(model, tokenizer, [question], max_new_tokens=24)[0] == before
+assert mp.generate(model, tokenizer, asked, max_new_tokens=24) == before
 print("fingerprint before:", at_first)
 print("fingerprint now:   ", fingerprint(model))
 
@@ -249,7 +252,7 @@ lab.bill_figure(bills, {"one GPU of 80 GB": 80e9})
 # %%
 computed = dict(zip(predicted, (bill.total / 1e9 for bill in bills.values())))
 lab.record(
-    tour={"trainable": report.trainable, "percent": report.percent, "seconds": run.seconds, "learned": taught == card["test"][0]["completion"],
+    tour={"trainable": report.trainable, "percent": report.percent, "seconds": run.seconds, "learned": learned,
           "loss": [run.history[0]["loss"], run.history[-1]["loss"]]},
     bills={name: bill.total for name, bill in bills.items()},
 )
