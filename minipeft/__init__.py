@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "sockets": ("attach", "detach", "activate", "active", "merge", "unmerge", "adapters", "Adapter"),
     "methods.lora": ("LoRA",),
+    "methods.dora": ("DoRA",),
     "methods.adapters": ("BottleneckAdapter", "average_adapters"),
     "base": ("load_base",),
     "data": ("load_data", "score_cards"),

@@ -150,6 +150,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (module.nf, module.nx) if is_transposed(module) else (module.out_features, module.in_features)
 
 
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight W (out, in) of a linear module: a view of it, or floats made from its codes (4-bit linears)."""
+    if hasattr(module, "dequantize"):
+        return module.dequantize()
+    return module.weight.T if is_transposed(module) else module.weight
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """path -> module of the base, without what is plugged in under `minipeft`: that is not even walked through."""
     seen = {model}

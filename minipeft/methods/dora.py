@@ -1,0 +1,85 @@
+"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353, equation 5).
+
+    W' = m · V / ‖V‖,    V = W + s B A,    ‖V‖ the length of each row, (out,)
+
+A weight is taken apart into magnitudes m (out,), one a row, and directions V / ‖V‖. LoRA moves the direction,
+m is trained on its own. W is frozen; A (r, in), B (out, r) and m are trained. B starts at zero and m at ‖W‖,
+so that nothing changes. Parameters: r (in + out) + out for each adapted module.
+
+‖V‖ takes part in the forward pass but gets no gradient (section 4.3). The paper speaks of columns, for its W
+is (in, out). With c = m / ‖V‖, and b the frozen bias, which is not scaled:
+
+    y' = c V x + b = c (y + s B A x) + (1 - c) b,    y = W x + b
+
+V is never built. ‖V‖² = ‖W‖² + 2 s Σ_r B ∘ (W Aᵀ) + s² Σ_r B ∘ (B A Aᵀ) needs one thin product, W Aᵀ (out, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import anatomy
+from ..sockets import trainable_like
+from .lora import AddLowRank, LoRA, LowRank
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """Settings of DoRA: those of LoRA, with the same meanings."""
+
+    def parameter_count(self, out_features: int, in_features: int) -> int:
+        """Trained numbers on one module: r (in + out) + out."""
+        return super().parameter_count(out_features, in_features) + out_features
+
+    def pieces(self, model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+        for path in anatomy.match(model, self.targets):
+            yield "module", path, Decomposed(self, model.get_submodule(path))
+
+
+class Decomposed(LowRank):
+    """y' = c (y + s B A x) + (1 - c) b on one module, c = m / ‖W + s B A‖. x (…, in), y (…, out).
+
+    As in Hugging Face PEFT, `dropout` acts on what goes into V, but not on what the frozen module made:
+    y' = y + c V x̃ - W x̃, x̃ = dropout(x).
+    """
+
+    def __init__(self, dora: DoRA, module: nn.Module):
+        super().__init__(dora, *anatomy.linear_shape(module), **trainable_like(module))
+        self.module = (module,)                  # in a tuple: the base's, not a part of this piece
+        self.W_squared = None                    # (of which weight, ‖W‖² (out,))
+        self.m = nn.Parameter(self.norm())
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """‖W + s B A‖ by row, (out,), without gradient and at least in float32."""
+        A, B, s, module = self.A, self.B, self.scale, self.module[0]
+        with torch.autocast(A.device.type, enabled=False):
+            W = anatomy.weight_of(module).to(A.dtype)            # (out, in); no copy of a float32 base
+            which = (module.weight._version, module.weight.untyped_storage()._cdata, A.dtype)
+            if self.W_squared is None or self.W_squared[0] != which:  # the base has changed: merged, moved, loaded
+                self.W_squared = which, torch.linalg.vector_norm(W, dim=1).square()
+            cross = (B.T * (A @ W.T)).sum(0)                     # (out,)
+            square = (B @ (A @ A.T) * B).sum(1)                  # (out,)
+            squared = self.W_squared[1] + 2 * s * cross + s * s * square
+            return squared.clamp_min(torch.finfo(A.dtype).tiny).sqrt()  # a row of zeros has no direction
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        c = self.m / self.norm()                                 # (out,)
+        A, B, b = self.A.to(y.dtype), self.B.to(y.dtype), self.module[0].bias
+        if self.dropout is not None and self.training:
+            x = self.dropout(x).to(y.dtype)                      # x̃
+            Wx = x @ anatomy.weight_of(self.module[0]).to(y.dtype).T
+            rest = y - Wx
+            return (rest + c * AddLowRank.apply(Wx, x, A, B, self.scale)).to(y.dtype)
+        Vx = AddLowRank.apply(y, x.to(y.dtype), A, B, self.scale)  # + b, in the place of y
+        return (c * Vx if b is None else torch.addcmul((1 - c) * b, c, Vx)).to(y.dtype)
+
+    def merged(self, W: Tensor) -> Tensor:
+        """m V / ‖V‖ for a frozen weight W (out, in)."""
+        V = W.to(self.A.dtype) + self.delta()
+        length = torch.linalg.vector_norm(V, dim=1).clamp_min(torch.finfo(V.dtype).tiny)
+        return ((self.m / length)[:, None] * V).to(W.dtype)
