@@ -15,9 +15,13 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _WHERE = {
-    "sockets": ("attach", "detach", "activate", "active", "merge", "unmerge", "adapters", "Adapter"),
+    "sockets": ("attach", "detach", "activate", "active", "merge", "unmerge", "fold", "adapters", "Adapter"),
     "methods.lora": ("LoRA",),
+    "methods.prompt_tuning": ("PromptTuning",),
+    "methods.p_tuning": ("PTuning",),
+    "methods.prefix_tuning": ("PrefixTuning",),
     "methods.dora": ("DoRA",),
+    "methods.ia3": ("IA3",),
     "methods.adapters": ("BottleneckAdapter", "average_adapters"),
     "base": ("load_base",),
     "data": ("load_data", "score_cards"),

@@ -33,6 +33,7 @@ from . import anatomy
 
 HOME = "minipeft"  # the name under which the adapters stand on the model
 WRAPPED = "minipeft_"  # prefix of the names of wrapped attention functions
+FOLDS = {"weight": "merged", "bias": "merged_bias"}  # what a piece can be folded into, and by which method
 
 
 class Adapter(nn.Module):
@@ -75,7 +76,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        self.originals: dict[str, Tensor] = {}  # weights as they were before a merge
+        self.originals: dict[str, Tensor] = {}  # weights and biases as they were before a merge
         self.trained_before = {n: p.requires_grad for n, p in model.named_parameters()}
         self.plugs: dict[str, ModulePlug] = {}
         self.attention: list[tuple] = []  # (config, the attention function it named before)
@@ -141,8 +142,7 @@ def plug(model: nn.Module, adapter: Adapter) -> None:
     for socket, path in adapter.sites:
         if socket == "module":
             if path not in home.plugs:
-                hook = home.plugs[path] = ModulePlug(home, path)
-                hook.handle = model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+                home.plugs[path] = ModulePlug(home, path, model.get_submodule(path))
             home.plugs[path].pieces[name] = pieces[path]
         elif socket == "key/value":
             _plug_attention(home, name, model.get_submodule(path), path, pieces[path])
@@ -160,7 +160,8 @@ def detach(model: nn.Module, name: str = "default") -> None:
             plug = home.plugs[path]
             del plug.pieces[name]
             if not plug.pieces:
-                plug.handle.remove()
+                for handle in plug.handles:
+                    handle.remove()
                 del home.plugs[path]
         elif socket == "key/value":
             _unplug_attention(home, name, model.get_submodule(path))
@@ -203,7 +204,7 @@ def active(model: nn.Module, names) -> Iterator[nn.Module]:
 
 
 def merge(model: nn.Module, name: str = "default") -> None:
-    """Fold an adapter into the base's weights: W <- piece.merged(W). No piece runs afterwards.
+    """Fold an adapter into the base: W <- piece.merged(W), b <- piece.merged_bias(b). No piece runs afterwards.
 
     The weights as they were are kept, so that `unmerge` gives them back to the bit.
     Raises `TypeError` where the method's pieces cannot be folded, before anything is changed.
@@ -220,11 +221,13 @@ def merge(model: nn.Module, name: str = "default") -> None:
     for path, piece in adapter.pieces().items():
         if isinstance(piece, OwnHead):
             continue
-        if not hasattr(piece, "merged"):
+        if not any(hasattr(piece, fold) for fold in FOLDS.values()):
             raise TypeError(
                 f"{type(adapter.method).__name__} cannot be merged: {type(piece).__name__} at "
                 f"{path!r} is not a change of a weight (LoRA, DoRA and (IA)³ are)"
             )
+        if not hasattr(piece, "merged"):
+            continue
         weight = model.get_submodule(path).weight
         if not weight.is_floating_point():
             raise TypeError(f"{path!r} holds {weight.dtype} codes; an adapter can be merged into a "
@@ -319,23 +322,28 @@ def _refold(model, home: Adapters, adapter: Adapter, merged: tuple[str, ...]) ->
     """
     all_pieces = {name: home._modules[name].pieces() for name in merged}
     folded = {}
-    for path, piece in adapter.pieces().items():
-        if isinstance(piece, OwnHead):           # acts through its hook, merged or not
+    for path, own in adapter.pieces().items():
+        if isinstance(own, OwnHead):             # acts through its hook, merged or not
             continue
         module = model.get_submodule(path)
-        W = home.originals.get(path, module.weight).detach()
-        original = W.clone()
-        here = [all_pieces[name][path] for name in merged if path in all_pieces[name]]
-        for piece in here:
-            W = piece.merged(W.T if anatomy.is_transposed(module) else W)  # (out, in)
-            W = W.T if anatomy.is_transposed(module) else W
-        folded[path] = (original if here else None, W)
-    for path, (original, W) in folded.items():
-        model.get_submodule(path).weight.copy_(W)
+        for parameter, fold in FOLDS.items():
+            if not hasattr(own, fold) or getattr(module, parameter, None) is None:
+                continue
+            key = f"{path}.{parameter}"
+            W = home.originals.get(key, getattr(module, parameter)).detach()
+            original = W.clone()
+            turned = parameter == "weight" and anatomy.is_transposed(module)
+            here = [piece for name in merged if hasattr(piece := all_pieces[name].get(path), fold)]
+            for piece in here:
+                W = getattr(piece, fold)(W.T if turned else W)  # (out, in), or a bias (out,)
+                W = W.T if turned else W
+            folded[key] = (original if here else None, W)
+    for key, (original, W) in folded.items():
+        model.get_parameter(key).copy_(W)
         if original is not None:
-            home.originals[path] = original
+            home.originals[key] = original
         else:
-            home.originals.pop(path, None)
+            home.originals.pop(key, None)
     home.merged = merged
 
 
@@ -344,14 +352,28 @@ def _refold(model, home: Adapters, adapter: Adapter, merged: tuple[str, ...]) ->
 # ---------------------------------------------------------------------------------------------
 
 class ModulePlug:
-    """A forward hook on one module: y' = piece(x, y), for every adapter that is live, in order."""
+    """A forward hook on one module: y' = piece(x, y), for every adapter that is live, in order.
 
-    def __init__(self, home: Adapters, path: str):
-        self.home, self.path, self.pieces, self.handle = home, path, {}, None
+    Pieces that have a `before` also change what goes into the module: x' = piece.before(x).
+    """
+
+    def __init__(self, home: Adapters, path: str, module: nn.Module):
+        self.home, self.path, self.pieces = home, path, {}
+        self.handles = [module.register_forward_pre_hook(self.before),
+                        module.register_forward_hook(self, with_kwargs=True)]
+
+    def names(self) -> list[str]:
+        return [n for n in self.home.active if n in self.pieces
+                and (n not in self.home.merged or isinstance(self.pieces[n], OwnHead))]
+
+    def before(self, module, args):
+        for n in self.names():
+            if hasattr(self.pieces[n], "before"):
+                args = (self.pieces[n].before(args[0]), *args[1:])
+        return args
 
     def __call__(self, module, args, kwargs, output):
-        names = [n for n in self.home.active if n in self.pieces
-                 and (n not in self.home.merged or isinstance(self.pieces[n], OwnHead))]
+        names = self.names()
         if not names:
             return None
         x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
