@@ -22,6 +22,7 @@ _WHERE = {
     "methods.prefix_tuning": ("PrefixTuning",),
     "methods.dora": ("DoRA",),
     "methods.ia3": ("IA3",),
+    "methods.bitfit": ("BitFit",),
     "methods.adapters": ("BottleneckAdapter", "average_adapters"),
     "base": ("load_base",),
     "data": ("load_data", "score_cards"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -12,6 +13,7 @@ from .fetch import FetchError, fetch
 from .profiles import device as this_device
 
 EMBEDDED = ("smollm2-135m", "minilm-l6")  # these need no Hub; see fetch.py
+_TOKENIZERS: WeakKeyDictionary = WeakKeyDictionary()  # model -> the tokenizer that it was loaded with
 
 
 def load_base(
@@ -56,7 +58,42 @@ def load_base(
         model.config.pad_token_id = tokenizer.pad_token_id
     if name in EMBEDDED:  # a checkpoint names its base: no path of this machine in it
         model.name_or_path = model.config._name_or_path = name
+    _TOKENIZERS[model] = tokenizer
     return model.to(this_device() if device is None else device), tokenizer
+
+
+def tokenizer_of(model):
+    """The tokenizer that `load_base` gave beside this model, or the one of the name that the model bears.
+
+    Raises `ValueError` where there is neither.
+    """
+    from transformers import AutoTokenizer
+
+    if model in _TOKENIZERS:
+        return _TOKENIZERS[model]
+    name = getattr(model, "name_or_path", "") or ""
+    try:
+        return AutoTokenizer.from_pretrained(_source(name))
+    except Exception as error:  # no name, not on this machine, the Hub out of reach, or no tokenizer beside it
+        raise ValueError(f"no tokenizer is known for this {type(model).__name__} {name!r}; load it with mp.load_base, "
+                         "or give token ids instead of a string") from error
+
+
+def token_ids(model, text: str | tuple[int, ...], length: int, vocabulary: int) -> torch.Tensor:
+    """Ids (length,) of a text, or the ids themselves, on the CPU.
+
+    Raises `ValueError` where they are not exactly `length`, or not of this vocabulary.
+    """
+    ids = list(text)
+    if isinstance(text, str):
+        ids = tokenizer_of(model)(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != length:
+        raise ValueError(f"text has {len(ids)} tokens and length is {length}; accepted is a text of exactly so many "
+                         "tokens. With ids, text=(ids * length)[:length] repeats or cuts it")
+    for i in ids:
+        if not 0 <= i < vocabulary:
+            raise ValueError(f"text holds the token id {i}; this model's are 0 to {vocabulary - 1}")
+    return torch.tensor(ids)
 
 
 def _source(name: str) -> str:

@@ -20,7 +20,9 @@ import contextlib
 import copy
 import difflib
 import inspect
+import math
 import sys
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -80,10 +82,31 @@ class Adapters(nn.Module):
         self.trained_before = {n: p.requires_grad for n, p in model.named_parameters()}
         self.plugs: dict[str, ModulePlug] = {}
         self.attention: list[tuple] = []  # (config, the attention function it named before)
+        self.prompts: PromptPlug | None = None
         self.handles: list = []
         # model.state_dict() is the base's own: drop what stands below this module.
         self.register_state_dict_post_hook(_drop_own_keys)
         self.register_load_state_dict_post_hook(_forgive_own_keys)
+
+    def lengths(self) -> tuple[int, int]:
+        """Positions that the live soft prompts take, and those that the live key/value prefixes take."""
+        found = {"embedding": 0, "key/value": 0}
+        for name in self.live():
+            adapter = self._modules[name]
+            socket, path = adapter.sites[0]                      # a method uses one socket, and heads come last
+            if socket in found:
+                found[socket] += adapter.get_submodule(path).length
+        return found["embedding"], found["key/value"]
+
+    def prepend(self, e: Tensor) -> Tensor:
+        """[P; e] with the soft prompts of all live adapters, the first attached in front. e (B, T, d)."""
+        for name in reversed(self.live()):
+            adapter = self._modules[name]
+            socket, path = adapter.sites[0]
+            if socket == "embedding":
+                e = adapter.get_submodule(path)(e)               # (B, P + T, d)
+                adapter.has_run.add(path)
+        return e
 
     def live(self) -> tuple[str, ...]:
         """The adapters that act on a forward pass: active, and not folded into the weights."""
@@ -128,7 +151,10 @@ def attach(model: nn.Module, method, name: str = "default") -> Adapter:
 def plug(model: nn.Module, adapter: Adapter) -> None:
     """Plug a finished adapter in, under its name: what `attach` and `load_adapter` end with."""
     adapter.train(model.training)
-    name = adapter.name
+    name, pieces = adapter.name, adapter.pieces()
+    for socket, path in adapter.sites:
+        if socket == "key/value":
+            _check_attention(model.get_submodule(path), path)
     home = getattr(model, HOME, None)
     if home is None:
         home = Adapters(model)
@@ -138,14 +164,15 @@ def plug(model: nn.Module, adapter: Adapter) -> None:
             model.register_forward_pre_hook(RootPlug(home), with_kwargs=True),
             model.register_forward_hook(IdleReport(home)),
         ]
-    pieces = adapter.pieces()
     for socket, path in adapter.sites:
         if socket == "module":
             if path not in home.plugs:
                 home.plugs[path] = ModulePlug(home, path, model.get_submodule(path))
             home.plugs[path].pieces[name] = pieces[path]
         elif socket == "key/value":
-            _plug_attention(home, name, model.get_submodule(path), path, pieces[path])
+            _plug_attention(home, name, model, path, pieces[path])
+        elif home.prompts is None:
+            home.prompts = PromptPlug(home, model)
     home.add_module(name, adapter)
     home.active += (name,)
 
@@ -165,6 +192,9 @@ def detach(model: nn.Module, name: str = "default") -> None:
                 del home.plugs[path]
         elif socket == "key/value":
             _unplug_attention(home, name, model.get_submodule(path))
+        elif not _others_in(home, name, "embedding"):
+            home.prompts.remove()
+            home.prompts = None
     home.active = tuple(n for n in home.active if n != name)
     del home._modules[name]
     if not home._modules:
@@ -246,6 +276,38 @@ def unmerge(model: nn.Module, name: str = "default") -> None:
     _refold(model, home, adapter, tuple(n for n in home.merged if n != name))
 
 
+def fold(model: nn.Module, name: str = "default") -> Adapter:
+    """Replace pieces that are made by a network with what the network gives: the same logits, fewer parameters.
+
+    A folded `PTuning` is a `PromptTuning`, a folded `PrefixTuning` one with reparameterize=False; they train
+    on as such. Returns the new `Adapter`. Raises `TypeError` for a method that has no network to fold.
+    """
+    home, adapter = _home(model), the_adapter(model, name)
+    folded = folded_adapter(adapter)
+    if folded is adapter:
+        raise TypeError(f"adapter {name!r} is {adapter.method}, which has no network to fold away "
+                        "(PTuning and PrefixTuning with reparameterize=True have)")
+    active, order = home.active, list(home._modules)
+    detach(model, name)
+    plug(model, folded)
+    home = _home(model)
+    for n in order:                                              # at its old place among the others
+        home._modules[n] = home._modules.pop(n)
+    home.active = active
+    return folded
+
+
+def folded_adapter(adapter: Adapter) -> Adapter:
+    """The adapter with its networks folded away, not plugged in; itself if it has none."""
+    sites = [(socket, path, piece) for (socket, path), piece
+             in zip(adapter.sites, adapter.pieces().values(), strict=True)]
+    if not any(hasattr(piece, "folded") for *_, piece in sites):
+        return adapter
+    return Adapter(adapter.name, adapter.method.folded(),
+                   [(socket, path, piece.folded() if hasattr(piece, "folded") else piece)
+                    for socket, path, piece in sites])
+
+
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters on this model by name, in the order in which they came; empty without any."""
     home = getattr(model, HOME, None)
@@ -270,7 +332,11 @@ def only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
 
     The model then returns logits (N, vocabulary), N = positions.sum(), instead of (B, T, vocabulary).
     """
+    this_thread = threading.get_ident()         # others may be in a forward pass of their own
+
     def select(module, args):
+        if threading.get_ident() != this_thread:
+            return None
         h = args[0]                             # (B, P + T, d): a soft prompt makes it longer
         return (h[:, h.shape[1] - positions.shape[1]:][positions], *args[1:])  # (N, d)
 
@@ -440,7 +506,31 @@ class IdleReport:
 # The key/value socket
 # ---------------------------------------------------------------------------------------------
 
-def _plug_attention(home: Adapters, name: str, module: nn.Module, path: str, piece: nn.Module) -> None:
+def attention_sites(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Where prefixes go: path of the module that computes attention -> (key/value heads G, head width d).
+
+    The self-attention of every layer; of an encoder-decoder, of the decoder's layers alone.
+    """
+    found = anatomy.anatomy(model)
+    blocks = found.decoder if getattr(model.config, "is_encoder_decoder", False) else found.blocks
+    sites = {}
+    for block in blocks:
+        for attention in block.attentions:
+            if attention.kind == "self":
+                path = attention.projections[0].path.rpartition(".")[0]  # BERT: attention.self
+                _check_attention(model.get_submodule(path), path)
+                sites[path] = attention.num_kv_heads, attention.head_dim
+    return sites
+
+
+def _check_attention(module: nn.Module, path: str) -> None:
+    named = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if named is None or not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise TypeError(f"{path!r} ({type(module).__name__}) does not look its attention function up "
+                        "through transformers' AttentionInterface, so it has no key/value socket")
+
+
+def _plug_attention(home: Adapters, name: str, model: nn.Module, path: str, piece: nn.Module) -> None:
     """Let `piece` lengthen the keys and values of this attention layer.
 
     transformers looks its attention function up by name; every layer of the model is given the name
@@ -449,11 +539,9 @@ def _plug_attention(home: Adapters, name: str, module: nn.Module, path: str, pie
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    config = getattr(module, "config", None)
-    implementation = getattr(config, "_attn_implementation", None)
-    if implementation is None:
-        raise TypeError(f"{path!r} ({type(module).__name__}) does not look its attention function up "
-                        "through transformers' AttentionInterface, so it has no key/value socket")
+    module = model.get_submodule(path)
+    config = module.config
+    implementation = config._attn_implementation
     if not implementation.startswith(WRAPPED):
         AttentionInterface.register(
             WRAPPED + implementation, partial(attention_with_prefix, implementation=implementation))
@@ -463,7 +551,10 @@ def _plug_attention(home: Adapters, name: str, module: nn.Module, path: str, pie
         config._attn_implementation = WRAPPED + implementation
         home.attention.append((config, implementation))
     if not hasattr(module, "minipeft_plug"):
-        module.minipeft_plug = KeyValuePlug(home, path)
+        stack = path.partition(".")[0]                           # T5: encoder or decoder
+        biased = [m for p, m in anatomy.base_modules(model).items()
+                  if hasattr(m, "relative_attention_bias") and p.partition(".")[0] == stack]
+        module.minipeft_plug = KeyValuePlug(home, path, (biased or [module])[0])
     module.minipeft_plug.pieces[name] = piece
 
 
@@ -471,112 +562,232 @@ def _unplug_attention(home: Adapters, name: str, module: nn.Module) -> None:
     del module.minipeft_plug.pieces[name]
     if not module.minipeft_plug.pieces:
         del module.minipeft_plug
-    others = any(s == "key/value" for a in home._modules.values() if a.name != name for s, _ in a.sites)
-    if not others:
+    if not _others_in(home, name, "key/value"):
         for config, implementation in home.attention:
             config._attn_implementation = implementation
         home.attention.clear()
 
 
+def _others_in(home: Adapters, name: str, socket: str) -> bool:
+    """Whether an adapter other than `name` has a piece in this socket."""
+    return any(s == socket for a in home._modules.values() if a.name != name for s, _ in a.sites)
+
+
 class KeyValuePlug:
     """The key/value pieces of one attention layer; stands on it as a plain attribute."""
 
-    def __init__(self, home: Adapters, path: str):
+    def __init__(self, home: Adapters, path: str, first: nn.Module):
         self.home, self.path, self.pieces = home, path, {}
+        self.first = first                                 # the layer that knows T5's position bias, else itself
 
 
 def attention_with_prefix(module, query, key, value, attention_mask, *, implementation, **kwargs):
     """softmax(q [P_K; K]ᵀ) [P_V; V], through the attention function that the model used before.
 
-    Called by transformers with q (B, H, T, d), k and v (B, H_kv, S, d), all after RoPE.
+    Called by transformers with q (B, H, T, d), k and v (B, G, S, d), all after RoPE.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     plug = getattr(module, "minipeft_plug", None)
+    S = key.shape[2]
     for name in [n for n in plug.home.live() if n in plug.pieces] if plug else ():
-        T, S = query.shape[2], key.shape[2]
-        key, value = plug.pieces[name](key, value)         # (B, H_kv, P + S, d)
-        P = key.shape[2] - S
+        key, value = plug.pieces[name](key, value)         # (B, G, P + S, d)
+        plug.home._modules[name].has_run.add(plug.path)
+    T, P = query.shape[2], key.shape[2] - S
+    if P:
+        causal = kwargs.get("is_causal")
+        if causal is None:
+            causal = getattr(module, "is_causal", True)
         if attention_mask is not None:                     # (B, 1, T, S): the prefix is visible to all
             seen = attention_mask[..., -S:]
             shape = (*seen.shape[:-1], P)
             front = seen.new_ones(shape) if seen.dtype == torch.bool else seen.new_zeros(shape)
             attention_mask = torch.cat([front, seen], dim=-1)
-        elif T > 1 and kwargs.get("is_causal", getattr(module, "is_causal", True)):
-            # query t sees the prefix and the tokens up to itself
+        elif T > 1 and causal:                             # query t sees the prefix and the tokens up to itself
             see = torch.ones(T, P + S, dtype=torch.bool, device=key.device)
             attention_mask = see.tril(P + S - T)[None, None]
-        plug.home._modules[name].has_run.add(plug.path)
+        if kwargs.get("position_bias") is not None:        # T5 adds a number for the distance of query and key
+            kwargs["position_bias"] = _longer_bias(plug, kwargs["position_bias"], P, S, T)
     own_eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own_eager)
     return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _longer_bias(plug: KeyValuePlug, bias: Tensor, P: int, S: int, T: int) -> Tensor:
+    """T5's bias (1, H, T, S), with the distances to the prefix in front: (1, H, T, P + S).
+
+    Only the first layer can compute it; the others are handed what the first one used.
+    """
+    front = plug.first.compute_bias(T, P + S, device=bias.device, past_seen_tokens=P + S - T)[..., :P]
+    return torch.cat([front.to(bias.dtype), bias], dim=-1)
+
+
+def keys_and_values(model: nn.Module, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What every layer's attention computes for these tokens: path -> K, V, each (G, length, d), after RoPE.
+
+    ids (length,). Of the bare base, in evaluation mode. An encoder-decoder reads them on both sides.
+    """
+    name = "keys and values"
+    recorder = Adapter(name, None, [("key/value", path, Recorder()) for path in attention_sites(model)])
+    home, training = getattr(model, HOME, None), model.training
+    before, merged = (home.active, home.merged) if home else ((), ())
+    ids = ids.to(next(model.parameters()).device)[None]
+    inputs = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    plug(model, recorder)
+    try:
+        activate(model, [*merged, name])
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=ids, **inputs)
+        return {path: piece.seen for path, piece in recorder.pieces().items()}
+    finally:
+        model.train(training)
+        getattr(model, HOME).active = (*before, name)
+        detach(model, name)
+
+
+class Recorder(nn.Module):
+    """A key/value piece that adds nothing and remembers what passed."""
+
+    length = 0
+
+    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen = key[0].clone(), value[0].clone()       # (G, S, d)
+        return key, value
 
 
 # ---------------------------------------------------------------------------------------------
 # The embedding socket, and what a longer sequence means for the rest of the inputs
 # ---------------------------------------------------------------------------------------------
 
-class RootPlug:
-    """A hook before the model's forward: e -> [P; e], and positions that count what was prepended.
+def embedding_site(model: nn.Module) -> tuple[str, nn.Module]:
+    """Path and module of the token embedding that soft prompts extend: an encoder-decoder's encoder's."""
+    embedding = _reader(model).get_input_embeddings()
+    return next((path, m) for path, m in anatomy.base_modules(model).items() if m is embedding)
 
-    A soft prompt of P vectors also lengthens the attention mask (by ones) and the labels (by -100).
+
+def _reader(model: nn.Module) -> nn.Module:
+    """The part that reads the input: the encoder of an encoder-decoder, else the whole model."""
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+
+
+def position_limit(model: nn.Module) -> float:
+    """How many positions the model has, infinity where nothing says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """`ValueError` unless a prompt or prefix of this length leaves the model a position for the text."""
+    limit = position_limit(model)
+    if length >= limit:
+        raise ValueError(f"length is {length}; {type(model).__name__} has {limit} positions, and at least one "
+                         "must be left for the text")
+
+
+def added_length(model: nn.Module) -> int:
+    """Positions that the live soft prompts and prefixes take."""
+    home = getattr(model, HOME, None)
+    return sum(home.lengths()) if home is not None else 0
+
+
+class PromptPlug:
+    """A hook on the token embedding: e -> [P; e], when RootPlug has put room in front of the ids.
+
+    On an encoder-decoder there is a RootPlug on the encoder too: `generate` calls the encoder by itself.
+    """
+
+    def __init__(self, home: Adapters, model: nn.Module):
+        self.home, self.room = home, 0
+        reader = _reader(model)
+        self.handles = [reader.get_input_embeddings().register_forward_hook(self),
+                        reader.register_forward_hook(self.forget, always_call=True)]
+        if reader is not model:
+            self.handles.append(reader.register_forward_pre_hook(RootPlug(home, encoder=True), with_kwargs=True))
+
+    def __call__(self, module, args, output):
+        room, self.room = self.room, 0
+        return self.home.prepend(output[:, room:]) if room else None
+
+    def forget(self, module, args, output):
+        self.room = 0                                            # also after an error on the way
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+class RootPlug:
+    """A hook before the model's forward: room for e -> [P; e], and positions that count what was prepended.
+
+    A soft prompt of P vectors also lengthens the attention mask (by ones) and the labels (by -100). The
+    token ids are lengthened by one that stands for nothing, so that what a model reads from them (where
+    padding is, which token is the last) stays true; PromptPlug puts the vectors in their place.
     A key/value prefix of P positions stays inside the attention layers; tokens then stand at
     positions P, P + 1, …, as in Hugging Face PEFT, which keeps the prefix in the cache.
     """
 
-    def __init__(self, home: Adapters):
-        self.home = home
+    def __init__(self, home: Adapters, encoder: bool = False):
+        self.home, self.encoder = home, encoder
 
     def __call__(self, model, args, kwargs):
-        prompts, prefix = [], 0
-        for name in self.home.live():
-            adapter = self.home._modules[name]
-            for (socket, path), piece in zip(adapter.sites, adapter.pieces().values(), strict=True):
-                if socket == "embedding":
-                    prompts.append(piece)
-                    adapter.has_run.add(path)
-            lengths = {p.length for (s, _), p in zip(adapter.sites, adapter.pieces().values(), strict=True)
-                       if s == "key/value"}
-            prefix += max(lengths, default=0)
-        if not prompts and not prefix:
+        P, prefix = self.home.lengths()
+        if not P and not prefix:
             return None
-
         accepted = inspect.signature(model.forward).parameters
         kwargs = dict(zip(accepted, args, strict=False)) | kwargs
+        if getattr(model.config, "is_encoder_decoder", False) and not self.encoder:
+            if P and kwargs.get("attention_mask") is not None:   # the encoder's, read again by cross-attention
+                kwargs["attention_mask"] = nn.functional.pad(kwargs["attention_mask"], (P, 0), value=1)
+            return (), kwargs
+
         ids, e = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         B, T = ids.shape if e is None else e.shape[:2]
         device = (ids if e is None else e).device
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
-        P = sum(piece.length for piece in prompts)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if P and mask is not None and not (self.encoder and mask.shape[1] == P + T):
+            kwargs["attention_mask"] = mask = nn.functional.pad(mask, (P, 0), value=1)
 
-        if prompts and past == 0:
+        if P and past == 0:
             if e is None:
-                e = model.get_input_embeddings()(ids)            # (B, T, d)
-            for piece in reversed(prompts):
-                e = piece(e)                                     # (B, P + T, d)
-            kwargs["input_ids"], kwargs["inputs_embeds"] = None, e
-            if kwargs.get("labels") is not None and kwargs["labels"].dim() == 2:
-                ignored = kwargs["labels"].new_full((B, P), -100)
-                kwargs["labels"] = torch.cat([ignored, kwargs["labels"]], dim=1)
+                kwargs["input_ids"] = ids = torch.cat([ids.new_full((B, P), _nothing(model)), ids], dim=1)
+                self.home.prompts.room = P
+            else:
+                kwargs["inputs_embeds"] = self.home.prepend(e)
+            T += P
+            labels = kwargs.get("labels")
+            if labels is not None and labels.shape == (B, T - P) and not labels.is_floating_point():
+                kwargs["labels"] = nn.functional.pad(labels, (P, 0), value=-100)
             if kwargs.get("token_type_ids") is not None:
                 kwargs["token_type_ids"] = nn.functional.pad(kwargs["token_type_ids"], (P, 0))
-        if P and kwargs.get("attention_mask") is not None:
-            kwargs["attention_mask"] = nn.functional.pad(kwargs["attention_mask"], (P, 0), value=1)
 
-        positions = kwargs.get("position_ids")
         if positions is not None:                                # (B, T)
             positions = positions + P + prefix
             if P and past == 0:
                 front = torch.arange(prefix, prefix + P, device=device).expand(positions.shape[0], P)
                 positions = torch.cat([front, positions], dim=1)
             kwargs["position_ids"] = positions
-        elif prefix and "position_ids" in accepted and not _encodes(model):
-            length = T + (P if past == 0 else 0)
-            kwargs["position_ids"] = torch.arange(past + prefix, past + prefix + length, device=device)[None]
+        elif prefix and "position_ids" in accepted:
+            kwargs["position_ids"] = _positions(model, ids, mask, past, T, device, prefix)
         return (), kwargs
 
 
-def _encodes(model) -> bool:
-    """Whether every token sees all others, as in BERT."""
-    return not getattr(model.config, "is_decoder", False) and not model.can_generate()
+def _nothing(model: nn.Module) -> int:
+    """A token id that means neither padding nor an end."""
+    text = model.config.get_text_config()
+    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    return next(i for i in range(text.vocab_size) if i not in (text.pad_token_id, *ends))
+
+
+def _positions(model: nn.Module, ids, mask, past: int, T: int, device, start: int) -> Tensor:
+    """The positions that the model gives to its input, but from `start` instead of 0: (B, T) or (1, T).
+
+    Most count 0, 1, 2, … RoBERTa counts the ids that are no padding, OPT the ones of the mask.
+    """
+    for module in anatomy.base_modules(model).values():
+        if ids is not None and hasattr(module, "create_position_ids_from_input_ids"):
+            return module.create_position_ids_from_input_ids(ids, module.padding_idx, start)
+        if isinstance(module, nn.Embedding) and mask is not None and hasattr(module, "offset"):
+            return ((mask.cumsum(1) + start) * mask - 1)[:, past:].long()
+    return torch.arange(start + past, start + past + T, device=device)[None]
