@@ -697,7 +697,7 @@ class PromptPlug:
     """
 
     def __init__(self, home: Adapters, model: nn.Module):
-        self.home, self.room = home, 0
+        self.home, self.room = home, {}                          # thread -> positions: passes may run side by side
         reader = _reader(model)
         self.handles = [reader.get_input_embeddings().register_forward_hook(self),
                         reader.register_forward_hook(self.forget, always_call=True)]
@@ -705,11 +705,11 @@ class PromptPlug:
             self.handles.append(reader.register_forward_pre_hook(RootPlug(home, encoder=True), with_kwargs=True))
 
     def __call__(self, module, args, output):
-        room, self.room = self.room, 0
+        room = self.room.pop(threading.get_ident(), 0)
         return self.home.prepend(output[:, room:]) if room else None
 
     def forget(self, module, args, output):
-        self.room = 0                                            # also after an error on the way
+        self.room.pop(threading.get_ident(), None)               # also after an error on the way
 
     def remove(self):
         for handle in self.handles:
@@ -752,7 +752,7 @@ class RootPlug:
         if P and past == 0:
             if e is None:
                 kwargs["input_ids"] = ids = torch.cat([ids.new_full((B, P), _nothing(model)), ids], dim=1)
-                self.home.prompts.room = P
+                self.home.prompts.room[threading.get_ident()] = P
             else:
                 kwargs["inputs_embeds"] = self.home.prepend(e)
             T += P
