@@ -6,7 +6,13 @@ A checkpoint is a folder with two files:
     adapter_model.safetensors    the trained tensors, by keys made of the modules' paths:
 
         LoRA        base_model.model.<path>.lora_A.weight (r, in) and .lora_B.weight (out, r)
+        DoRA        the same, and base_model.model.<path>.lora_magnitude_vector (out,)
+        (IA)³       base_model.model.<path>.ia3_l (out, 1); (1, in) where the input is rescaled
         own head    base_model.model.<path>.weight and .bias, among PEFT's `modules_to_save`
+
+PEFT has no bottleneck adapters and no BitFit. They are stored in the same two files, with a `peft_type` of our
+own ("MINIPEFT_BOTTLENECK", "MINIPEFT_BITFIT"), the method's settings as fields and the pieces' own names as keys:
+base_model.model.<path>.down.weight (m, d) and so on.
 
 A further method is one more entry of FORMATS. Pickles are never read: unpickling runs code. Reading
 checks everything first and touches the model last, so an error leaves the model as it was.
@@ -18,12 +24,13 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -32,7 +39,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import anatomy, sockets
-from .methods.lora import LoRA
+from .methods.adapters import BottleneckAdapter
+from .methods.bitfit import BitFit
+from .methods.dora import DoRA
+from .methods.ia3 import IA3, RescaleInput
+from .methods.lora import LoRA, LowRank
 from .sockets import Adapter, OwnHead
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -44,30 +55,42 @@ class Format:
     """How PEFT writes one method down.
 
     fixed      fields that always have this value
-    fields     method -> its other fields
-    settings   (fields, paths of the modules, shapes of the tensors) -> settings of the method, but for
-               `targets`. It must refuse sizes that the tensors do not have: the pieces are built next
-    reads      names of the fields that `settings` looks at beside those that `fields` writes
-    key        (module's path, parameter of the piece) -> key in the file
+    reads      names of the other fields that mean something to `settings`
+    fields     (method, model, its pieces by path) -> the fields beside the fixed ones
+    settings   (fields, model, paths that are trained whole, shapes of the tensors) -> the method's settings. It
+               must refuse sizes that the tensors do not have: the pieces are built next
+    tensors    (module's path, piece) -> key in the file and what stands there. Loading writes into these
+               tensors, so they are the piece's parameters or views of them
     """
 
     method: type
     peft_type: str
     fixed: dict
-    fields: Callable[[object], dict]
-    settings: Callable[[dict, list[str], dict], dict]
     reads: tuple[str, ...]
-    key: Callable[[str, str], str]
+    fields: Callable[[object, nn.Module, dict], dict]
+    settings: Callable[[dict, nn.Module, list[str], dict], dict]
+    tensors: Callable[[str, nn.Module], dict[str, Tensor]]
 
 
-# ------------------------------------------------------------------------------------------- LoRA
+# ----------------------------------------------------------------------------------- LoRA and DoRA
 
-def _lora_fields(lora: LoRA) -> dict:
-    return {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora,
-            "init_lora_weights": True if lora.init == "kaiming" else lora.init}
+def _lora_fields(lora: LoRA, model: nn.Module, pieces: dict) -> dict:
+    """PiSSA is written as what it has become: a LoRA of twice the rank on the unchanged base (see `_lora_tensors`)."""
+    pissa = lora.init == "pissa"
+    alpha = lora.alpha * (1 if not pissa else math.sqrt(2) if lora.rslora else 2)  # keeps the scale
+    return {"r": lora.rank * (1 + pissa), "lora_alpha": alpha, "lora_dropout": lora.dropout,
+            "use_rslora": lora.rslora, "init_lora_weights": lora.init if lora.init == "gaussian" else True,
+            "target_modules": _shortest(model, list(pieces))}
 
 
-def _lora_settings(config: dict, paths: list[str], shapes: dict) -> dict:
+def _lora_tensors(path: str, piece: LowRank) -> dict[str, Tensor]:
+    A, B = piece.factors()
+    found = {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
+    return found | ({f"{PREFIX}{path}.lora_magnitude_vector": piece.m} if hasattr(piece, "m") else {})
+
+
+def _lora_settings(config: dict, model: nn.Module, whole: list[str], shapes: dict) -> dict:
+    paths = _targeted(model, config, whole)
     init = config.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal", "eva"):  # after training these are plain LoRA
         raise ValueError(f"init_lora_weights is {init!r}, which changes more than A and B when it starts; accepted are "
@@ -82,7 +105,7 @@ def _lora_settings(config: dict, paths: list[str], shapes: dict) -> dict:
     for found, key in rows.items():
         if found != rank:
             raise ValueError(f"r is {rank!r}, but {key} has {found} rows")
-    return {"rank": rank, "alpha": alpha, "dropout": config.get("lora_dropout", 0.0),
+    return {"targets": _shortest(model, paths), "rank": rank, "alpha": alpha, "dropout": config.get("lora_dropout", 0.0),
             "init": "gaussian" if init == "gaussian" else "kaiming", "rslora": config.get("use_rslora", False)}
 
 
@@ -100,9 +123,56 @@ def _same_for_all(field: str, usual, pattern: dict | None, paths: list[str]):
     return first
 
 
+# ------------------------------------------------------------------------------------------ (IA)³
+
+def _ia3_fields(ia3: IA3, model: nn.Module, pieces: dict) -> dict:
+    kinds = [[path for path, piece in pieces.items() if isinstance(piece, RescaleInput) == inner]
+             for inner in (False, True)]
+    outputs, inputs = (_shortest(model, paths) if paths else [] for paths in kinds)
+    if isinstance(outputs, str) or isinstance(inputs, str):  # no suffixes mean just these: whole paths do
+        outputs, inputs = kinds
+    return {"target_modules": sorted([*outputs, *inputs]), "feedforward_modules": sorted(inputs)}
+
+
+def _ia3_settings(config: dict, model: nn.Module, whole: list[str], shapes: dict) -> dict:
+    paths, inner = _targeted(model, config, whole), config.get("feedforward_modules") or []
+    inner = [path for path in paths if inner and _means("feedforward_modules", inner, path)]
+    return {"targets": _shortest(model, paths), "feed_forward": _shortest(model, inner) if inner else ()}
+
+
+def _ia3_tensors(path: str, piece: nn.Module) -> dict[str, Tensor]:
+    """Where one matrix makes q, k and v, PEFT rescales all three: for q by the ones that our vector leaves out."""
+    return {f"{PREFIX}{path}.ia3_l": piece.l[None] if isinstance(piece, RescaleInput) else piece.whole()[:, None]}
+
+
+# ---------------------------------------------------- what PEFT does not have, under our own names
+
+def _own_fields(method, model: nn.Module, pieces: dict) -> dict:
+    return asdict(method)
+
+
+def _own_settings(method: type):
+    def settings(config: dict, model: nn.Module, whole: list[str], shapes: dict) -> dict:
+        return {f.name: config[f.name] for f in fields(method) if f.name in config}
+    return settings
+
+
+def _own_tensors(path: str, piece: nn.Module) -> dict[str, Tensor]:
+    return {f"{PREFIX}{path}.{name}": p for name, p in piece.named_parameters()}
+
+
+def _own(method: type, peft_type: str) -> Format:
+    return Format(method, peft_type, {}, tuple(f.name for f in fields(method)), _own_fields, _own_settings(method),
+                  _own_tensors)
+
+
+_LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
 FORMATS = (
-    Format(LoRA, "LORA", {"bias": "none", "use_dora": False}, _lora_fields, _lora_settings,
-           ("rank_pattern", "alpha_pattern"), lambda path, parameter: f"{PREFIX}{path}.lora_{parameter}.weight"),
+    Format(LoRA, "LORA", {"bias": "none", "use_dora": False}, _LORA, _lora_fields, _lora_settings, _lora_tensors),
+    Format(DoRA, "LORA", {"bias": "none", "use_dora": True}, _LORA, _lora_fields, _lora_settings, _lora_tensors),
+    Format(IA3, "IA3", {"init_ia3_weights": True}, ("feedforward_modules",), _ia3_fields, _ia3_settings, _ia3_tensors),
+    _own(BottleneckAdapter, "MINIPEFT_BOTTLENECK"),
+    _own(BitFit, "MINIPEFT_BITFIT"),
 )
 
 # Fields that change nothing here: where it came from, how PEFT started it, defaults that are never empty.
@@ -152,15 +222,14 @@ def _format_of(adapter: Adapter) -> Format:
                     f"those that have: {', '.join(entry.method.__name__ for entry in FORMATS)}")
 
 
-def _tensors(adapter: Adapter) -> dict[str, nn.Parameter]:
-    """Key in the file -> the parameter itself."""
-    key, found = _format_of(adapter).key, {}
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Key in the file -> the parameter itself, or what is made of it."""
+    of_piece, found = _format_of(adapter).tensors, {}
     for path, piece in adapter.pieces().items():
-        for name, p in piece.named_parameters():
-            if isinstance(piece, OwnHead):
-                found[PREFIX + path + name.removeprefix("copy")] = p
-            else:
-                found[key(path, name)] = p
+        if isinstance(piece, OwnHead):
+            found |= {PREFIX + path + name.removeprefix("copy"): p for name, p in piece.named_parameters()}
+        else:
+            found |= of_piece(path, piece)
     return found
 
 
@@ -176,18 +245,17 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 def _config(model: nn.Module, adapter: Adapter) -> dict:
     entry, pieces = _format_of(adapter), adapter.pieces()
     whole = sorted(path for path, piece in pieces.items() if isinstance(piece, OwnHead))
-    paths = [path for path in pieces if path not in whole]
+    plugged = {path: piece for path, piece in pieces.items() if path not in whole}
     return {
         "peft_type": entry.peft_type,
         "task_type": _task(model, whole),
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": _base_name(model),
         "inference_mode": True,
-        "target_modules": _shortest(model, paths),
         "modules_to_save": whole or None,
-        "fan_in_fan_out": any(anatomy.is_transposed(model.get_submodule(path)) for path in paths),
+        "fan_in_fan_out": any(anatomy.is_transposed(model.get_submodule(path)) for path in plugged),
         **entry.fixed,
-        **entry.fields(adapter.method),
+        **entry.fields(adapter.method, model, plugged),
     }
 
 
@@ -284,9 +352,7 @@ def _read(model: nn.Module, config_file: Path, tensors_file: Path, name: str) ->
         config = _parsed(raw)
         try:
             entry, whole = _format_for(config), _trained_whole(model, config)
-            paths = _targeted(model, config, whole)
-            settings = entry.settings(config, paths, shapes)
-            method = entry.method(targets=_shortest(model, paths), **settings)
+            method = entry.method(**entry.settings(config, model, whole, shapes))
             pieces = list(method.pieces(model))
         except (ValueError, TypeError, OverflowError, re.error) as error:
             raise ValueError(f"{CONFIG}: {error}{_made_for(config, model)}") from None
@@ -340,7 +406,7 @@ def _format_for(config: dict) -> Format:
     entry = min(entries, key=lambda entry: len(differs(entry)))  # LoRA and DoRA share a type
     for field in differs(entry):
         raise ValueError(f"{field} is {config[field]!r}; accepted is {json.dumps(entry.fixed[field])}")
-    known = {*_NOTES, *_WHERE, *entry.fixed, *entry.fields(entry.method()), *entry.reads}
+    known = {*_NOTES, *_WHERE, *entry.fixed, *entry.reads}
     for field, value in config.items():
         if field not in known and value not in (None, False, "none", [], {}):
             raise ValueError(f"{field} is {value!r}, which minipeft cannot represent; accepted is null")

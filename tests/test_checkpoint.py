@@ -313,7 +313,7 @@ def test_the_thirtieth_adapter_takes_no_more_work_than_the_second(tmp_path):
     ({"peft_type": None}, "peft_type is None"),
     ({"bias": "all"}, "bias is 'all'; accepted is \"none\""),
     ({"lora_bias": True}, "lora_bias is True, which minipeft cannot represent"),
-    ({"use_dora": True}, "use_dora is True; accepted is false"),
+    ({"use_dora": "yes"}, "use_dora is .yes.; accepted is false"),
     ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices is \[1, 2\]"),
     ({"target_parameters": ["mlp.experts"]}, "target_parameters is"),
     ({"layer_replication": [[0, 2]]}, "layer_replication is"),

@@ -48,7 +48,7 @@ class Decomposed(LowRank):
     """
 
     def __init__(self, dora: DoRA, module: nn.Module):
-        super().__init__(dora, *anatomy.linear_shape(module), **trainable_like(module))
+        super().__init__(dora, *anatomy.linear_shape(module), anatomy.weight_of(module), **trainable_like(module))
         self.module = (module,)                  # in a tuple: the base's, not a part of this piece
         self.W_squared = None                    # (of which weight, ‖W‖² (out,))
         self.m = nn.Parameter(self.norm())
@@ -56,7 +56,7 @@ class Decomposed(LowRank):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """‖W + s B A‖ by row, (out,), without gradient and at least in float32."""
-        A, B, s, module = self.A, self.B, self.scale, self.module[0]
+        A, B, s, module = *self.factors(), self.scale, self.module[0]
         with torch.autocast(A.device.type, enabled=False):
             W = anatomy.weight_of(module).to(A.dtype)            # (out, in); no copy of a float32 base
             which = (module.weight._version, module.weight.untyped_storage()._cdata, A.dtype)
@@ -69,7 +69,7 @@ class Decomposed(LowRank):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         c = self.m / self.norm()                                 # (out,)
-        A, B, b = self.A.to(y.dtype), self.B.to(y.dtype), self.module[0].bias
+        (A, B), b = (factor.to(y.dtype) for factor in self.factors()), self.module[0].bias
         if self.dropout is not None and self.training:
             x = self.dropout(x).to(y.dtype)                      # x̃
             Wx = x @ anatomy.weight_of(self.module[0]).to(y.dtype).T

@@ -9,6 +9,13 @@ is not zero. Parameters: r (in + out) for each adapted module, against in × out
 rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) takes s = alpha / √rank, which keeps the
 size of the update from shrinking as the rank grows.
 
+PiSSA (Meng et al. 2024, arXiv:2404.02948, section 3) starts from the r largest singular values of W = U S Vᵀ:
+
+    A₀ = √(S/s) Vᵀ,    B₀ = U √(S/s),    ΔW = s (B A - B₀ A₀)
+
+The authors take s B₀ A₀ out of W and freeze the rest. Here W stays whole and the start is subtracted instead: the
+same function and gradients, and what was trained is a plain LoRA of rank 2r, ΔW = s [B, -B₀] [A; A₀].
+
 Plugged into the module socket: (x, y) -> y + s B A x.
 """
 
@@ -24,7 +31,7 @@ from torch import Tensor, nn
 from .. import anatomy
 from ..sockets import trainable_like
 
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", "pissa")
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,9 @@ class LoRA:
     alpha     numerator of the scale; positive. The scale is alpha/rank, with `rslora` alpha/√rank
     dropout   probability with which an entry of x is dropped on its way into A, in training
     targets   which modules: name suffixes, "attention", "all-linear", or a regular expression
-    init      of A; B is always zero. "kaiming": uniform in ±1/√in, as in the authors' code.
-              "gaussian": normal with standard deviation 1/rank, the distribution the paper names
+    init      of A, with B at zero. "kaiming": uniform in ±1/√in, as in the authors' code.
+              "gaussian": normal with standard deviation 1/rank, the distribution the paper names.
+              Of both, "pissa": the principal singular vectors of W; rank is then at most in and out
     """
 
     rank: int = 8
@@ -74,13 +82,15 @@ class LoRA:
         for path in anatomy.match(model, self.targets):
             module = model.get_submodule(path)
             out_features, in_features = anatomy.linear_shape(module)
-            yield "module", path, LowRank(self, out_features, in_features, **trainable_like(module))
+            W = anatomy.weight_of(module) if self.init == "pissa" else None
+            yield "module", path, LowRank(self, out_features, in_features, W, **trainable_like(module))
 
 
 class LowRank(nn.Module):
-    """y' = y + s B A x on one module. x (…, in), y (…, out)."""
+    """y' = y + s B A x on one module. x (…, in), y (…, out). PiSSA looks at the frozen weight W (out, in)."""
 
-    def __init__(self, lora: LoRA, out_features: int, in_features: int, device=None, dtype=None):
+    def __init__(self, lora: LoRA, out_features: int, in_features: int, W: Tensor | None = None, device=None,
+                 dtype=None):
         super().__init__()
         self.scale = lora.scale
         self.dropout = nn.Dropout(lora.dropout) if lora.dropout else None
@@ -88,18 +98,40 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(torch.zeros(out_features, lora.rank, device=device, dtype=dtype))
         if lora.init == "kaiming":
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(-1/√in, 1/√in)
-        else:
+        elif lora.init == "gaussian":
             nn.init.normal_(self.A, std=1 / lora.rank)
+        else:
+            self._start_at_principal(W.detach().to(self.A.dtype))
+
+    @torch.no_grad()
+    def _start_at_principal(self, W: Tensor) -> None:
+        r = self.A.shape[0]
+        if r > min(W.shape):
+            raise ValueError(f"rank is {r}, but a weight {tuple(W.shape)} has only {min(W.shape)} singular values")
+        U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+        root = (S[:r] / self.scale).sqrt()                       # (r,)
+        self.A.copy_(root[:, None] * Vt[:r])
+        self.B.copy_(U[:, :r] * root)
+        self.register_buffer("A0", self.A.clone())
+        self.register_buffer("B0", self.B.clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of ΔW = s B A; of PiSSA's the ones of rank 2r, [A; A₀] and [B, -B₀]."""
+        if not hasattr(self, "A0"):
+            return self.A, self.B
+        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.dropout is not None:
             x = self.dropout(x)
         # y + s (x Aᵀ) Bᵀ, in the precision in which the base computes
-        return AddLowRank.apply(y, x.to(y.dtype), self.A.to(y.dtype), self.B.to(y.dtype), self.scale)
+        A, B = self.factors()
+        return AddLowRank.apply(y, x.to(y.dtype), A.to(y.dtype), B.to(y.dtype), self.scale)
 
     def delta(self) -> Tensor:
         """ΔW = s B A, (out, in)."""
-        return self.scale * (self.B @ self.A)
+        A, B = self.factors()
+        return self.scale * (B @ A)
 
     def merged(self, W: Tensor) -> Tensor:
         """W + ΔW for a frozen weight W (out, in), added in the wider of the two precisions."""
