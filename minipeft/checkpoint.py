@@ -9,6 +9,11 @@ A checkpoint is a folder with two files:
         DoRA        the same, and base_model.model.<path>.lora_magnitude_vector (out,)
         (IA)³       base_model.model.<path>.ia3_l (out, 1); (1, in) where the input is rescaled
         own head    base_model.model.<path>.weight and .bias, among PEFT's `modules_to_save`
+        prompts     prompt_embeddings (length, d); of a prefix (length, 2 layers × key/value heads × head width),
+                    layer after layer, keys before values. Own heads are base_model.<path>.… here
+
+P-tuning and the reparameterised prefix are written folded, as PEFT does. The network that made them stays beside
+them in a third file, adapter_encoder.safetensors, so that training can go on; PEFT does not look at it.
 
 PEFT has no bottleneck adapters and no BitFit. They are stored in the same two files, with a `peft_type` of our
 own ("MINIPEFT_BOTTLENECK", "MINIPEFT_BITFIT"), the method's settings as fields and the pieces' own names as keys:
@@ -44,9 +49,13 @@ from .methods.bitfit import BitFit
 from .methods.dora import DoRA
 from .methods.ia3 import IA3, RescaleInput
 from .methods.lora import LoRA, LowRank
+from .methods.p_tuning import PTuning
+from .methods.prefix_tuning import PrefixTuning
+from .methods.prompt_tuning import PromptTuning
 from .sockets import Adapter, OwnHead
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, ENCODER = "adapter_config.json", "adapter_model.safetensors", "adapter_encoder.safetensors"
+EMBEDDINGS = "prompt_embeddings"
 PREFIX = "base_model.model."  # PEFT wraps a model twice, and its keys say so
 
 
@@ -61,6 +70,9 @@ class Format:
                must refuse sizes that the tensors do not have: the pieces are built next
     tensors    (module's path, piece) -> key in the file and what stands there. Loading writes into these
                tensors, so they are the piece's parameters or views of them
+    pack       for prompts, instead of `tensors`: (pieces, the file's fields) -> key and tensor, made of all pieces
+    fill       the way back: (pieces, fields, tensors of the file) -> None
+    loads      the method that a file is loaded as, where it is another: what is left of it when folded
     """
 
     method: type
@@ -69,7 +81,10 @@ class Format:
     reads: tuple[str, ...]
     fields: Callable[[object, nn.Module, dict], dict]
     settings: Callable[[dict, nn.Module, list[str], dict], dict]
-    tensors: Callable[[str, nn.Module], dict[str, Tensor]]
+    tensors: Callable[[str, nn.Module], dict[str, Tensor]] | None = None
+    pack: Callable[[list, dict], dict[str, Tensor]] | None = None
+    fill: Callable[[list, dict, dict[str, Tensor]], None] | None = None
+    loads: type | None = None
 
 
 # ----------------------------------------------------------------------------------- LoRA and DoRA
@@ -153,6 +168,9 @@ def _own_fields(method, model: nn.Module, pieces: dict) -> dict:
 
 def _own_settings(method: type):
     def settings(config: dict, model: nn.Module, whole: list[str], shapes: dict) -> dict:
+        for key, shape in shapes.items():
+            if key.endswith(".down.weight") and config.get("bottleneck") not in (None, *shape[:1]):
+                raise ValueError(f"bottleneck is {config['bottleneck']!r}, but {key} has {shape[0]} rows")
         return {f.name: config[f.name] for f in fields(method) if f.name in config}
     return settings
 
@@ -166,11 +184,87 @@ def _own(method: type, peft_type: str) -> Format:
                   _own_tensors)
 
 
+# --------------------------------------------------------------------- soft prompts and prefixes
+
+_SIZES = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+_PROMPT = (*_SIZES, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+_ENCODER = (*_SIZES, "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
+_PREFIX = (*_SIZES, "prefix_projection", "encoder_hidden_size", "init_weights")
+
+
+def _prompt_fields(method: PromptTuning, model: nn.Module, pieces: dict) -> dict:
+    blocks = anatomy.anatomy(model).blocks
+    _, embedding = sockets.embedding_site(model)
+    return {"num_virtual_tokens": method.length, "token_dim": embedding.weight.shape[1],
+            "num_transformer_submodules": 1, "num_attention_heads": blocks[0].attentions[0].num_heads,
+            "num_layers": len(blocks), "prompt_tuning_init": "RANDOM"}
+
+
+def _p_tuning_fields(method: PTuning, model: nn.Module, pieces: dict) -> dict:
+    fields = _prompt_fields(method, model, pieces)
+    del fields["prompt_tuning_init"]
+    return fields | {"encoder_reparameterization_type": method.encoder.upper(),
+                     "encoder_hidden_size": method.hidden or fields["token_dim"]}
+
+
+def _prefix_fields(method: PrefixTuning, model: nn.Module, pieces: dict) -> dict:
+    sites = sockets.attention_sites(model)
+    heads, width = next(iter(sites.values()))
+    return {"num_virtual_tokens": method.length, "token_dim": heads * width, "num_attention_heads": heads,
+            "num_layers": len(sites), "num_transformer_submodules": 1, "prefix_projection": False,
+            "encoder_hidden_size": heads * width}
+
+
+def _prompt_settings(config: dict, model: nn.Module, whole: list[str], shapes: dict) -> dict:
+    shape = shapes.get(EMBEDDINGS)
+    if shape is None:
+        raise ValueError(f"{TENSORS} has no {EMBEDDINGS} (length, …)")
+    length = config.get("num_virtual_tokens")
+    rows = [length * n for n in (1, 2) if isinstance(length, int)]  # 2: PEFT keeps an unused half for decoders
+    if len(shape) != 2 or shape[0] not in rows:
+        raise ValueError(f"num_virtual_tokens is {length!r}, but {EMBEDDINGS} is {shape}")
+    return {"length": length}
+
+
+def _prefix_settings(config: dict, model: nn.Module, whole: list[str], shapes: dict) -> dict:
+    return _prompt_settings(config, model, whole, shapes) | {"reparameterize": False}
+
+
+def _pack_prompt(pieces: list, config: dict) -> dict[str, Tensor]:
+    twice = config.get("num_transformer_submodules") == 2
+    return {EMBEDDINGS: torch.cat([pieces[0].P] * (1 + twice))}
+
+
+def _fill_prompt(pieces: list, config: dict, tensors: dict) -> None:
+    pieces[0].P.copy_(tensors[EMBEDDINGS][:pieces[0].length])
+
+
+def _pack_prefix(pieces: list, config: dict) -> dict[str, Tensor]:
+    flat = [t.permute(1, 0, 2).flatten(1) for piece in pieces for t in (piece.K, piece.V)]  # (length, G d) each
+    return {EMBEDDINGS: torch.cat(flat, dim=1)}
+
+
+def _fill_prefix(pieces: list, config: dict, tensors: dict) -> None:
+    G, length, d = pieces[0].K.shape
+    layers = tensors[EMBEDDINGS].view(length, len(pieces), 2, G, d).permute(1, 2, 3, 0, 4)  # (L, 2, G, length, d)
+    for i, piece in enumerate(pieces):
+        # written by PEFT for an encoder-decoder: its layer i uses what stands at 2i (it cuts a doubled list)
+        K, V = layers[2 * i % len(pieces) if config.get("num_transformer_submodules") == 2 else i]
+        piece.K.copy_(K)
+        piece.V.copy_(V)
+
+
 _LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
 FORMATS = (
     Format(LoRA, "LORA", {"bias": "none", "use_dora": False}, _LORA, _lora_fields, _lora_settings, _lora_tensors),
     Format(DoRA, "LORA", {"bias": "none", "use_dora": True}, _LORA, _lora_fields, _lora_settings, _lora_tensors),
     Format(IA3, "IA3", {"init_ia3_weights": True}, ("feedforward_modules",), _ia3_fields, _ia3_settings, _ia3_tensors),
+    Format(PromptTuning, "PROMPT_TUNING", {}, _PROMPT, _prompt_fields, _prompt_settings,
+           pack=_pack_prompt, fill=_fill_prompt),
+    Format(PTuning, "P_TUNING", {}, _ENCODER, _p_tuning_fields, _prompt_settings,
+           pack=_pack_prompt, fill=_fill_prompt, loads=PromptTuning),
+    Format(PrefixTuning, "PREFIX_TUNING", {}, _PREFIX, _prefix_fields, _prefix_settings,
+           pack=_pack_prefix, fill=_fill_prefix),
     _own(BottleneckAdapter, "MINIPEFT_BOTTLENECK"),
     _own(BitFit, "MINIPEFT_BITFIT"),
 )
@@ -193,8 +287,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     `FileExistsError` where `folder` is a file.
     """
     adapter, folder = sockets.the_adapter(model, name), Path(folder).expanduser()
-    text = json.dumps(_config(model, adapter), indent=2, sort_keys=True) + "\n"
-    tensors = {key: p.detach().cpu().contiguous() for key, p in _tensors(adapter).items()}
+    config, folded = _config(model, adapter), sockets.folded_adapter(adapter)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    tensors = {key: p.detach().cpu().contiguous() for key, p in _tensors(folded, config).items()}
     metadata = {"format": "pt", "sha256": _digest(tensors)}
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
@@ -207,11 +302,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as making:
         save_file(tensors, Path(making, TENSORS), metadata)
         Path(making, CONFIG).write_text(text, encoding="utf-8")
-        for file in (TENSORS, CONFIG):
+        files = [TENSORS, CONFIG]
+        if folded is not adapter:                # first the network: it says beside which tensors it is of use
+            files.insert(0, ENCODER)
+            network = {key: p.detach().cpu().contiguous() for key, p in _network(adapter).items()}
+            save_file(network, Path(making, ENCODER), {"format": "pt", "made": metadata["sha256"],
+                      "sha256": _digest(network), "settings": json.dumps(asdict(adapter.method))})
+        for file in files:
             with open(Path(making, file), "rb") as written:
                 os.fsync(written.fileno())
-        for file in (TENSORS, CONFIG):
+        for file in files:
             os.replace(Path(making, file), folder / file)
+        if folded is adapter:
+            (folder / ENCODER).unlink(missing_ok=True)
 
 
 def _format_of(adapter: Adapter) -> Format:
@@ -222,15 +325,32 @@ def _format_of(adapter: Adapter) -> Format:
                     f"those that have: {', '.join(entry.method.__name__ for entry in FORMATS)}")
 
 
-def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+def _tensors(adapter: Adapter, config: dict) -> dict[str, Tensor]:
     """Key in the file -> the parameter itself, or what is made of it."""
-    of_piece, found = _format_of(adapter).tensors, {}
+    entry, found = _format_of(adapter), _head_tensors(adapter)
+    if entry.pack is not None:
+        return found | entry.pack(_plain(adapter), config)
     for path, piece in adapter.pieces().items():
-        if isinstance(piece, OwnHead):
-            found |= {PREFIX + path + name.removeprefix("copy"): p for name, p in piece.named_parameters()}
-        else:
-            found |= of_piece(path, piece)
+        if not isinstance(piece, OwnHead):
+            found |= entry.tensors(path, piece)
     return found
+
+
+def _head_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    prefix = PREFIX if _format_of(adapter).pack is None else "base_model."  # prompts are not wrapped twice
+    return {prefix + path + name.removeprefix("copy"): p for path, piece in adapter.pieces().items()
+            if isinstance(piece, OwnHead) for name, p in piece.named_parameters()}
+
+
+def _plain(adapter: Adapter) -> list[nn.Module]:
+    """The method's own pieces."""
+    return [piece for piece in adapter.pieces().values() if not isinstance(piece, OwnHead)]
+
+
+def _network(adapter: Adapter) -> dict[str, nn.Parameter]:
+    """What makes the prompt or prefix, by the base's paths: every trained parameter but the heads."""
+    heads = {id(p) for p in _head_tensors(adapter).values()}
+    return {name: p for name, p in adapter.named_parameters() if id(p) not in heads}
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -246,7 +366,7 @@ def _config(model: nn.Module, adapter: Adapter) -> dict:
     entry, pieces = _format_of(adapter), adapter.pieces()
     whole = sorted(path for path, piece in pieces.items() if isinstance(piece, OwnHead))
     plugged = {path: piece for path, piece in pieces.items() if path not in whole}
-    return {
+    config = {
         "peft_type": entry.peft_type,
         "task_type": _task(model, whole),
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
@@ -257,6 +377,9 @@ def _config(model: nn.Module, adapter: Adapter) -> dict:
         **entry.fixed,
         **entry.fields(adapter.method, model, plugged),
     }
+    if entry.pack is not None:
+        del config["fan_in_fan_out"]
+    return config
 
 
 def _task(model: nn.Module, whole: list[str]) -> str | None:
@@ -352,21 +475,51 @@ def _read(model: nn.Module, config_file: Path, tensors_file: Path, name: str) ->
         config = _parsed(raw)
         try:
             entry, whole = _format_for(config), _trained_whole(model, config)
-            method = entry.method(**entry.settings(config, model, whole, shapes))
+            method = (entry.loads or entry.method)(**entry.settings(config, model, whole, shapes))
             pieces = list(method.pieces(model))
         except (ValueError, TypeError, OverflowError, re.error) as error:
             raise ValueError(f"{CONFIG}: {error}{_made_for(config, model)}") from None
         heads = [("module", path, OwnHead(model.get_submodule(path))) for path in whole]
         adapter = Adapter(name, method, [*pieces, *heads])
-        parameters = _tensors(adapter)
+        parameters = _tensors(adapter, config)
         _compare(model, config, parameters, slices, file)
         tensors = {key: file.get_tensor(key) for key in shapes}
     if "sha256" in metadata and metadata["sha256"] != _digest(tensors):
         raise ValueError(f"{TENSORS} is corrupted: its bytes are not those that were saved")
     with torch.no_grad():
+        if entry.fill is not None:
+            parameters = _head_tensors(adapter)
+            entry.fill(_plain(adapter), config, tensors)
         for key, p in parameters.items():
             p.copy_(tensors[key])
     _compare_names(model, config)
+    if entry.pack is not None and (tensors_file.parent / ENCODER).is_file():
+        return _with_network(model, adapter, entry, _inside(tensors_file.parent, ENCODER), _digest(tensors))
+    return adapter
+
+
+def _with_network(model: nn.Module, folded: Adapter, entry: Format, file: Path, made: str) -> Adapter:
+    """The adapter as it was trained, with the network of `file`, if that made these very tensors."""
+    with _opened(file) as opened:
+        metadata, tensors = opened.metadata() or {}, {key: opened.get_tensor(key) for key in opened.keys()}
+    if metadata.get("made") != made:
+        warnings.warn(f"{ENCODER} belongs to other tensors than {TENSORS}; the adapter is loaded without it, folded",
+                      stacklevel=5)
+        return folded
+    try:
+        method = entry.method(**json.loads(metadata.get("settings", "")))
+        heads = [(*site, piece) for site, piece in zip(folded.sites, folded.pieces().values(), strict=True)
+                 if isinstance(piece, OwnHead)]
+        adapter = Adapter(folded.name, method, [*method.pieces(model), *heads])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the settings in {ENCODER} cannot be used: {error}") from None
+    parameters = _network(adapter)
+    if metadata.get("sha256") != _digest(tensors) or \
+            {k: p.shape for k, p in parameters.items()} != {k: t.shape for k, t in tensors.items()}:
+        raise ValueError(f"{ENCODER} is corrupted, or its tensors are not those of {method}")
+    with torch.no_grad():
+        for key, p in parameters.items():
+            p.copy_(tensors[key])
     return adapter
 
 

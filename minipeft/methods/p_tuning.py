@@ -13,7 +13,7 @@ After training f is needed no more: `mp.fold` keeps f(E), which is an ordinary s
 Parameters: length × d for E, and those of f:
 
     mlp     h (d + h + d) + 2h + d
-    lstm    8h (d + 3h + 4) + 2h (2h + d) + 2h + d
+    lstm    8h (d + 4h + 4) + 2h (2h + d) + 2h + d
 
 Plugged into the embedding socket: e (B, T, d) -> (B, length + T, d).
 """
@@ -57,7 +57,7 @@ class PTuning:
         d, h = width, self.hidden or width
         if self.encoder == "mlp":
             return self.length * d + h * (d + h + d) + 2 * h + d
-        return self.length * d + 8 * h * (d + 3 * h + 4) + 2 * h * (2 * h + d) + 2 * h + d
+        return self.length * d + 8 * h * (d + 4 * h + 4) + 2 * h * (2 * h + d) + 2 * h + d
 
     def folded(self) -> PromptTuning:
         """What is left when f has done its work."""
