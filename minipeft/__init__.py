@@ -24,6 +24,8 @@ _WHERE = {
     "methods.ia3": ("IA3",),
     "methods.bitfit": ("BitFit",),
     "methods.adapters": ("BottleneckAdapter", "average_adapters"),
+    "quant.linear4bit": ("quantize", "Linear4bit"),
+    "quant.loftq": ("quantize_loftq",),
     "base": ("load_base",),
     "data": ("load_data", "score_cards"),
     "training": ("fit", "evaluate", "FitConfig"),
@@ -34,7 +36,8 @@ _WHERE = {
 }
 # No file bears a public function's name: importing it would hide the function behind the module.
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
-_SUBMODULES = ("anatomy", "base", "bill", "checkpoint", "checks", "data", "fetch", "lab", "methods", "sockets")
+_SUBMODULES = {name: name for name in ("anatomy", "base", "bill", "checkpoint", "checks", "data", "fetch", "lab",
+                                       "methods", "quant", "sockets")} | {"nf4": "quant.nf4"}
 
 __all__ = sorted(_MODULE_OF)
 
@@ -45,7 +48,7 @@ def __getattr__(name: str):
         globals()[name] = value
         return value
     if name in _SUBMODULES:
-        return import_module(f"{__name__}.{name}")
+        return import_module(f"{__name__}.{_SUBMODULES[name]}")
     raise AttributeError(f"module 'minipeft' has no name {name!r}")
 
 
