@@ -40,7 +40,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -129,9 +129,10 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         total[path] += p.numel()
     methods = [Count("base", sum(trainable.values()), sum(total.values()))]
     for adapter_name, adapter in sockets.adapters(model).items():
-        own = list(adapter.parameters())
+        own, seen = list(adapter.parameters()), set()
         for path, piece in adapter.pieces().items():
-            for p in piece.parameters():
+            for p in set(piece.parameters()) - seen:             # what layers share counts at the first
+                seen.add(p)
                 trainable[path] += p.numel() * p.requires_grad
                 total[path] += p.numel()
         kind = type(adapter.method).__name__
@@ -247,8 +248,10 @@ def memory_bill(
                          "Name a method such as mp.LoRA()")
     config, model_class = _config_and_class(model_or_config)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit and seq > limit:
-        raise ValueError(f"seq is {seq}; {type(config).__name__} says max_position_embeddings {limit}")
+    taken = getattr(method, "length", 0)                         # positions of a prompt or prefix
+    if limit and seq + taken > limit:
+        raise ValueError(f"seq is {seq}{f' and the method takes {taken} more' if taken else ''}; "
+                         f"{type(config).__name__} says max_position_embeddings {limit}")
 
     model = _fake_model(config, model_class, DTYPES[dtype_name])
     if anatomy.anatomy(model).head is None:
@@ -256,8 +259,8 @@ def memory_bill(
                         "with one, such as mp.load_base(name, num_labels=2) gives")
     base, buffers = list(model.parameters()), list(model.buffers())
     if not full:
-        with base[0].fake_mode:
-            sockets.attach(model, method)
+        with base[0].fake_mode:                       # there is no tokenizer here, and the start weighs nothing
+            sockets.attach(model, replace(method, init="random", text=None) if hasattr(method, "text") else method)
     if gradient_checkpointing:
         _recompute_blocks(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype_name == "autocast"):
