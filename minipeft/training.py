@@ -11,7 +11,8 @@ Three things make it light. (1) The output head runs only where the next token i
 prompt never becomes vocabulary-sized logits. (2) A batch is sorted by length and cut into passes of
 at most `max_tokens` tokens, whose gradients add up to the batch's; memory follows the pass, not the
 batch, and little is padding. (3) A decoder is padded on the right, where causal attention never
-looks, so it needs no attention mask.
+looks, so it needs no attention mask. On a CPU passes run side by side, one core each, which is
+faster than all cores in each matrix product of one pass.
 
 Every random number is a function of (seed, step), so a run that was killed goes on from its last
 checkpoint and ends, on a CPU, with the same weights to the bit.
@@ -30,6 +31,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -50,8 +52,8 @@ class FitConfig:
 
     steps         optimizer steps; None takes as many as `epochs` passes over the data need
     batch_size    examples behind one optimizer step
-    max_tokens    tokens in one forward pass, padding included: a batch is cut into as many passes as
-                  that takes and their gradients are accumulated
+    max_tokens    tokens on their way at one time, padding included: a batch is cut into as many passes
+                  as that takes and their gradients are accumulated
     lr, schedule  peak rate; after the warm-up it falls along a cosine or a line to 0, or stays
     warmup        share of the steps in which the rate climbs from 0
     clip          largest norm of the whole gradient; 0 for none
@@ -177,7 +179,7 @@ def encode(model: nn.Module, tokenizer, data: Sequence[dict]) -> list[Row]:
             rows = [Row(p, answer=a + end) for p, a in zip(prompts, answers, strict=True)]
         else:
             rows = [Row(p + a + end, start=len(p)) for p, a in zip(prompts, answers, strict=True)]
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    limit = sockets.position_limit(model) - sockets.added_length(model)
     for i, row in enumerate(rows):
         if row.label is None and not (row.answer if row.answer is not None else 0 < row.start < len(row.ids)):
             raise ValueError(f"example {i} needs at least one token of prompt and one of completion: "
@@ -187,11 +189,12 @@ def encode(model: nn.Module, tokenizer, data: Sequence[dict]) -> list[Row]:
     return rows
 
 
-def passes(rows: list[Row], max_tokens: int) -> list[list[Row]]:
+def passes(rows: list[Row], max_tokens: int, lanes: int = 1) -> list[list[Row]]:
     """The rows sorted by length, longest first, and cut so that rows × longest ≤ max_tokens.
 
-    A row longer than that goes alone. Of all limits that give as few passes, the smallest is taken:
-    passes of equal size need the least memory and waste the least padding.
+    A row longer than that goes alone. Of all limits that give as few passes (or as few for each of
+    `lanes` side by side), the smallest is taken: passes of equal size need the least memory and
+    waste the least padding.
     """
     def cut(limit: int) -> list[list[Row]]:
         chunks = [[rows[0]]]
@@ -202,9 +205,9 @@ def passes(rows: list[Row], max_tokens: int) -> list[list[Row]]:
         return chunks
 
     rows = sorted(rows, key=len, reverse=True)
-    fewest = len(cut(max_tokens))
+    fewest = math.ceil(len(cut(max_tokens)) / lanes) * lanes
     limits = range(max_tokens // 32, max_tokens, max(1, max_tokens // 32))
-    return next((c for c in map(cut, limits) if len(c) == fewest), cut(max_tokens))
+    return next((c for c in map(cut, limits) if len(c) <= fewest), cut(max_tokens))
 
 
 def batch_of(rows: Sequence[Row], batch_size: int, seed: int, step: int) -> list[Row]:
@@ -267,11 +270,40 @@ def loss_of(model: nn.Module, rows: list[Row], pad: int) -> tuple[Tensor, Tensor
     return loss, right, len(targets)
 
 
+class Lanes:
+    """Passes side by side on a CPU, one core each: `for result in lanes.map(work, rows)`, in order.
+
+    A matrix product of some hundred rows does not keep several cores busy to its end; two passes on
+    two cores do. `max_tokens` is shared among the lanes, so memory stays what it was. With
+    `one_at_a_time`, on a GPU and on one core there is a single lane, which is the calling thread.
+    """
+
+    FEWEST = 64  # tokens a lane: with fewer, reading the weights costs more than the products
+
+    def __init__(self, model: nn.Module, max_tokens: int, one_at_a_time: bool = False):
+        self.cores, count = torch.get_num_threads(), 1
+        if next(model.parameters()).device.type == "cpu" and not one_at_a_time:
+            count = max(1, min(self.cores, max_tokens // self.FEWEST))
+        self.count, self.tokens, each = count, max_tokens // count, self.cores // count
+        self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(each,)) if count > 1 else None
+
+    def map(self, work: Callable, rows: list[Row]) -> Iterator:
+        chunks = passes(rows, self.tokens, self.count)
+        return map(work, chunks) if self.pool is None else self.pool.map(work, chunks)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self.cores)                    # what later threads start with
+
+
 # ---------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: int = 512,
              precision: str = "auto") -> dict:
     """Mean loss over the targets and the share of them guessed right, dropout off.
@@ -284,10 +316,14 @@ def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: i
     model.eval()
     loss, right, targets = 0.0, 0, 0
     try:
-        for chunk in passes(rows, max_tokens):
-            with _autocast(model, precision):
+        def forward(chunk):
+            with torch.no_grad(), _autocast(model, precision):
                 part, hits, n = loss_of(model, chunk, tokenizer.pad_token_id or 0)
-            loss, right, targets = loss + part.item(), right + hits.item(), targets + n
+                return part.item(), hits.item(), n
+
+        with Lanes(model, max_tokens) as lanes:
+            for part, hits, n in lanes.map(forward, rows):
+                loss, right, targets = loss + part, right + hits, targets + n
     finally:
         model.train(was_training)
     if rows[0].label is not None:
@@ -360,9 +396,10 @@ def fit(model: nn.Module, tokenizer, data: Sequence[dict], config: FitConfig = F
     devices = [device] if device.type == "cuda" else []
     model.train()
     try:
-        with torch.random.fork_rng(devices), _interrupt_between_steps() as interrupted, bar:
+        with torch.random.fork_rng(devices), _interrupt_between_steps() as interrupted, bar, \
+                Lanes(model, config.max_tokens, _one_at_a_time(model, rows, weights, config)) as lanes:
             for step in range(start, steps):
-                entry = _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision, step, steps)
+                entry = _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision, step, steps, lanes)
                 if step == start:
                     _refuse_idle(model, weights)
                 done = step + 1
@@ -415,7 +452,20 @@ def _optimizer(weights: dict[str, nn.Parameter], config: FitConfig) -> torch.opt
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True)
 
 
-def _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision, step, steps) -> dict:
+def _one_at_a_time(model, rows, weights, config) -> bool:
+    """Whether passes must follow one another: they draw random numbers (dropout), which would come in
+    another order each time; or a second set of gradients beside the first would cost more than it gains."""
+    if config.gradient_checkpointing or any(not n.startswith(sockets.HOME + ".") for n in weights):
+        return True
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        loss_of(model, [min(rows, key=len)], 0)
+    drawn = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    return drawn
+
+
+def _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision, step, steps, lanes) -> dict:
     """One optimizer step: every pass of the batch forward and backward, clip, update."""
     began = time.perf_counter()
     device = next(iter(weights.values())).device
@@ -426,14 +476,26 @@ def _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision,
     batch = batch_of(rows, config.batch_size, config.seed, step)
     N = sum(1 if r.label is not None else len(r.answer or r.ids) - r.start for r in batch)
     total = 0.0
-    for chunk in passes(batch, config.max_tokens):
+
+    def forward_and_backward(chunk):
         with _autocast(model, precision):
             loss, _, _ = loss_of(model, chunk, tokenizer.pad_token_id or 0)
         if not math.isfinite(value := loss.item()):
-            optimizer.zero_grad(set_to_none=True)
             raise NonFiniteLoss(_blame("loss", value, step, lr, precision, config))
-        total += value
-        scaler.scale(loss / N).backward()
+        if lanes.pool is None:
+            scaler.scale(loss / N).backward()
+            return value, ()
+        return value, torch.autograd.grad(scaler.scale(loss / N), list(weights.values()), allow_unused=True)
+
+    try:
+        for value, gradients in lanes.map(forward_and_backward, batch):
+            total += value
+            for p, g in zip(weights.values(), gradients, strict=False):  # in the order of the passes
+                if g is not None:
+                    p.grad = g.contiguous() if p.grad is None else p.grad.add_(g)
+    except NonFiniteLoss:
+        optimizer.zero_grad(set_to_none=True)
+        raise
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(list(weights.values()), config.clip or math.inf).item()
     if not math.isfinite(norm) and not scaler.is_enabled():

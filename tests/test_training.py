@@ -453,3 +453,64 @@ def test_the_callers_random_numbers_are_left_alone():
     torch.manual_seed(3)
     mp.fit(FAMILIES["bert"](), TOKENIZER, LABELLED, config(steps=1))
     assert torch.equal(torch.rand(3), expected)
+
+
+# --- passes side by side ------------------------------------------------------------------------
+
+@pytest.fixture
+def two_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def lanes_of(model, **settings):
+    rows = training.encode(model, TOKENIZER, DATA)
+    settings = config(**settings)
+    model.train()
+    return training.Lanes(model, settings.max_tokens, training._one_at_a_time(
+        model, rows, training.trainable(model), settings))
+
+
+def test_two_lanes_train_as_one_does_and_each_time_to_the_bit(two_cores):
+    results = []
+    for limit in (128, 128, 10):                                  # two lanes of 64 tokens; one of 10
+        model = with_lora()
+        assert lanes_of(model, max_tokens=limit).count == (2 if limit == 128 else 1)
+        mp.fit(model, TOKENIZER, DATA, config(steps=4, batch_size=13, max_tokens=limit))
+        results.append(weights(model))
+    assert all(torch.equal(results[0][n], w) for n, w in results[1].items())
+    assert all(torch.allclose(results[0][n], w, rtol=1e-9, atol=1e-12) for n, w in results[2].items())
+    assert torch.get_num_threads() == 2
+
+
+def test_two_lanes_score_as_one_does(two_cores):
+    model = with_lora()
+    many = DATA * 8
+    one, two = (mp.evaluate(model, TOKENIZER, many, max_tokens=limit) for limit in (100, 128))
+    assert one["targets"] == two["targets"] and one["token_accuracy"] == two["token_accuracy"]
+    assert abs(one["loss"] - two["loss"]) < 1e-12
+
+
+def test_passes_that_draw_random_numbers_follow_one_another(two_cores):
+    dropping = llama()
+    mp.attach(dropping, mp.LoRA(dropout=0.1))
+    whole = llama().requires_grad_(True)
+    assert lanes_of(with_lora()).count == 2
+    assert lanes_of(dropping).count == lanes_of(whole).count == lanes_of(with_lora(), gradient_checkpointing=True).count == 1
+
+
+def test_an_error_in_one_lane_reaches_the_caller_and_leaves_no_gradient(two_cores):
+    model = with_lora()
+    with torch.no_grad():
+        next(iter(training.trainable(model).values())).fill_(float("nan"))
+    with pytest.raises(training.NonFiniteLoss, match="step 1"):
+        mp.fit(model, TOKENIZER, DATA, config(batch_size=13, max_tokens=128))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_passes_are_as_many_as_lanes_can_share():
+    rows = [training.Row([2] * 10, start=1) for _ in range(13)]
+    assert [len(c) for c in training.passes(rows, 50)] == [5, 5, 3]
+    assert len(training.passes(rows, 50, lanes=2)) == 4
