@@ -133,6 +133,60 @@ def where(model, tokenizer, examples) -> dict:
     return {k: round(v, 3) for k, v in times.items()}
 
 
+def steps_of(model, parameters, steps: int) -> dict:
+    """Plain optimizer steps on padded rows with labels, the same for both sides: median seconds of a step, peak memory."""
+    import torch
+    torch.manual_seed(0)
+    ids = torch.randint(5, 1000, (8, 48))
+    mask = (torch.arange(48) < torch.arange(48, 16, -4)[:, None]).long()
+    labels = ids.masked_fill((mask == 0) | (torch.arange(48) < 12), -100)
+    optimizer, times = torch.optim.AdamW(parameters, lr=1e-3, fused=True), []
+    model.train()
+    loaded, peak = watched()
+    for _ in range(steps):
+        began = time.perf_counter()
+        model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - began)
+    return {"seconds": statistics.median(times[1:]), "peak": peak(), "above_loaded": peak() - loaded}
+
+
+def learned_ours(method, steps: int) -> dict:
+    import minipeft as mp
+    model, _ = mp.load_base("smollm2-135m")
+    return steps_of(model, list(mp.attach(model, method).parameters()), steps)
+
+
+def learned_peft(config, steps: int) -> dict:
+    from peft import get_peft_model
+
+    import minipeft as mp
+    model = get_peft_model(mp.load_base("smollm2-135m")[0], config)
+    return steps_of(model, [p for p in model.parameters() if p.requires_grad], steps)
+
+
+def prompt_ours(steps, seed) -> dict:
+    import minipeft as mp
+    return learned_ours(mp.PromptTuning(20), steps)
+
+
+def prompt_peft(steps, seed) -> dict:
+    from peft import PromptTuningConfig
+    return learned_peft(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20), steps)
+
+
+def prefix_ours(steps, seed) -> dict:
+    import minipeft as mp
+    return learned_ours(mp.PrefixTuning(20, hidden=192), steps)
+
+
+def prefix_peft(steps, seed) -> dict:
+    from peft import PrefixTuningConfig
+    return learned_peft(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, prefix_projection=True,
+                                           encoder_hidden_size=192), steps)
+
+
 def attach_ours(steps, seed) -> dict:
     import minipeft as mp
     model, _ = mp.load_base("smollm2-135m")
@@ -222,6 +276,9 @@ def main() -> None:
             noise = max(max(side) - min(side) for side in losses)
             details["eval loss"] = {"ours": losses[0], "peft": losses[1], "difference of medians": gap,
                                     "spread over seeds": noise, "within noise": abs(gap) <= max(noise, 0.01)}
+        elif what in ("prompt", "prefix"):
+            row(f"{what} tuning: a training step", "seconds", 1.0, "s")
+            row(f"{what} tuning: peak memory above the loaded model", "above_loaded", 1.0, "GiB", 2**30)
         elif what == "attach":
             row("attach LoRA to all linears of SmolLM2", "seconds", 0.1, "s, absolute")
         elif what == "import":
