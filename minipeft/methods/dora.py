@@ -59,7 +59,9 @@ class Decomposed(LowRank):
         A, B, s, module = *self.factors(), self.scale, self.module[0]
         with torch.autocast(A.device.type, enabled=False):
             W = anatomy.weight_of(module).to(A.dtype)            # (out, in); no copy of a float32 base
-            which = (module.weight._version, module.weight.untyped_storage()._cdata, A.dtype)
+            stored = getattr(module, "stored", None)             # of a 4-bit linear, its codes
+            stored = module.weight if stored is None else stored
+            which = (stored._version, stored.untyped_storage()._cdata, A.dtype)
             if self.W_squared is None or self.W_squared[0] != which:  # the base has changed: merged, moved, loaded
                 self.W_squared = which, torch.linalg.vector_norm(W, dim=1).square()
             cross = (B.T * (A @ W.T)).sum(0)                     # (out,)

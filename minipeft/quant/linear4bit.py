@@ -91,6 +91,11 @@ class Linear4bit(nn.Module):
             return self.merged
         return nf4.dequantize(q or self.q, self.dtype)
 
+    @property
+    def stored(self) -> Tensor:
+        """What W is made of at present: the codes, or W itself; another tensor, or another version, for another W."""
+        return self.packed if self.merged is None else self.merged
+
     def requantized(self, W: Tensor) -> Quantized:
         """Codes for another W (out, in), of the same kind as these."""
         return nf4.quantize(W.float() if W.dtype == torch.float64 else W, self.block_size,
@@ -143,7 +148,8 @@ class Product(torch.autograd.Function):
 
 def matmul(x: Tensor, q: Quantized, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: x (…, in), q of a W (out, in), bias (out,) or None."""
-    return F.linear(x, nf4.dequantize(q, x.dtype), bias)
+    y = F.linear(x, nf4.dequantize(q, x.dtype))
+    return y if bias is None else y.add_(bias)
 
 
 def quantize(model: nn.Module, *, block_size: int = 64, double_quant: bool = True,
