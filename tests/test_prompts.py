@@ -1,14 +1,7 @@
 """Statements about soft prompts and prefixes, and about the embedding and key/value sockets."""
 
 import copy
-import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -392,3 +385,41 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         mp.load_adapter(model, tmp_path)
     assert not hasattr(model, "minipeft")
+
+
+# ---------------------------------------------------------------- training, and what it costs
+
+
+CARDS = [{"prompt": f"question {i} ", "completion": f"answer {i % 3}"} for i in range(12)]
+
+
+class Words:
+    """A tokenizer of one token a letter, as mp.fit needs one."""
+
+    eos_token_id, pad_token_id = 2, 0
+
+    def __call__(self, texts, add_special_tokens=True):
+        return {"input_ids": [[3 + ord(c) % 90 for c in text] for text in texts]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_fit_lowers_the_loss_and_evaluates_what_it_trained(family, method):
+    model = FAMILIES[family]()
+    torch.manual_seed(0)
+    mp.attach(model, METHODS[method])
+    before = mp.evaluate(model, Words(), CARDS)["loss"]
+    mp.fit(model, Words(), CARDS, mp.FitConfig(steps=12, batch_size=4, lr=0.05, progress=False))
+    assert mp.evaluate(model, Words(), CARDS)["loss"] < before - 0.1
+    with mp.active(model, None):
+        assert mp.evaluate(model, Words(), CARDS) == mp.evaluate(FAMILIES[family](), Words(), CARDS)
+
+
+def test_a_text_that_leaves_the_prompt_no_position_is_refused():
+    model, long = FAMILIES["llama"](), [{"prompt": "p" * 58, "completion": "abc"}]  # 62 tokens of 64
+    mp.evaluate(model, Words(), long)
+    for method in ("prompt", "prefix"):
+        mp.attach(model, METHODS[method])
+        with pytest.raises(ValueError, match="example 0 has 62 tokens; this model takes 61"):
+            mp.evaluate(model, Words(), long)
+        mp.detach(model)
