@@ -493,6 +493,14 @@ def test_two_lanes_score_as_one_does(two_cores):
     assert abs(one["loss"] - two["loss"]) < 1e-12
 
 
+def test_adapters_beside_the_feed_forward_keep_two_passes_apart(two_cores):
+    model = llama()
+    mp.attach(model, mp.BottleneckAdapter(4, "parallel", init_std=0.3))
+    for _ in range(3):
+        one, two = (mp.evaluate(model, TOKENIZER, DATA * 8, max_tokens=limit)["loss"] for limit in (100, 128))
+        assert abs(one - two) < 1e-12
+
+
 def test_passes_that_draw_random_numbers_follow_one_another(two_cores):
     dropping = llama()
     mp.attach(dropping, mp.LoRA(dropout=0.1))

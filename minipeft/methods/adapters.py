@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -134,19 +135,21 @@ class Bottleneck(nn.Module):
 
 
 class Entry(nn.Module):
-    """Stands at the feed-forward's first linear and keeps its input for the adapter at the last one."""
+    """Stands at the feed-forward's first linear and keeps its input for the adapter at the last one.
+
+    One input for each thread: passes may run side by side.
+    """
 
     def __init__(self):
         super().__init__()
-        self.x = None
+        self.inputs = {}
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        self.x = x
+        self.inputs[threading.get_ident()] = x
         return y
 
     def take(self) -> Tensor:
-        x, self.x = self.x, None
-        return x
+        return self.inputs.pop(threading.get_ident())
 
 
 @torch.no_grad()
