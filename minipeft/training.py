@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from . import profiles, sockets
 
 SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -56,6 +57,9 @@ class FitConfig:
                   as that takes and their gradients are accumulated
     lr, schedule  peak rate; after the warm-up it falls along a cosine or a line to 0, or stays
     warmup        share of the steps in which the rate climbs from 0
+    optimizer     "adamw"; "adamw8bit" keeps its two states in a byte each instead of four, and
+                  "paged_adamw8bit" lets them move to the CPU's memory when the GPU's is full: both
+                  through bitsandbytes, on a GPU
     clip          largest norm of the whole gradient; 0 for none
     precision     "auto": bf16 autocast where the machine computes in it, fp16 with loss scaling on a
                   GPU without bf16, otherwise fp32
@@ -72,6 +76,7 @@ class FitConfig:
     lr: float = 1e-3
     schedule: str = "cosine"
     warmup: float = 0.05
+    optimizer: str = "adamw"
     weight_decay: float = 0.0
     clip: float = 1.0
     precision: str = "auto"
@@ -106,6 +111,7 @@ class FitConfig:
             check(name, lambda v: number(v) and v >= 0, "a number from 0")
         check("warmup", lambda v: number(v) and 0 <= v <= 1, "a share from 0 to 1")
         check("schedule", SCHEDULES.__contains__, ", ".join(map(repr, SCHEDULES)))
+        check("optimizer", OPTIMIZERS.__contains__, ", ".join(map(repr, OPTIMIZERS)))
         check("precision", PRECISIONS.__contains__, ", ".join(map(repr, PRECISIONS)))
         if self.save_every and self.folder is None:
             raise ValueError(f"save_every is {self.save_every} but folder is None; name a folder")
@@ -443,13 +449,26 @@ def _recompute_activations(model: nn.Module, on: bool) -> None:
     getattr(model, verb)(**options if on else {})
 
 
-def _optimizer(weights: dict[str, nn.Parameter], config: FitConfig) -> torch.optim.AdamW:
+def _optimizer(weights: dict[str, nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices only, not on biases and norms."""
     matrices = [p for p in weights.values() if p.dim() > 1]
     vectors = [p for p in weights.values() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True)
+    groups = [g for g in groups if g["params"]]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    device = groups[0]["params"][0].device.type
+    if device != "cuda":
+        raise ValueError(f"optimizer is {config.optimizer!r}, which needs a GPU; on this device ({device}) "
+                         "accepted is 'adamw'")
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        raise ImportError(f"optimizer is {config.optimizer!r}, which is bitsandbytes' and that is not installed: "
+                          "pip install bitsandbytes") from None
+    kind = optim.AdamW8bit if config.optimizer == "adamw8bit" else optim.PagedAdamW8bit
+    return kind(groups, lr=config.lr)
 
 
 def _one_at_a_time(model, rows, weights, config) -> bool:
@@ -457,9 +476,9 @@ def _one_at_a_time(model, rows, weights, config) -> bool:
     another order each time; or a second set of gradients beside the first would cost more than it gains."""
     if config.gradient_checkpointing or any(not n.startswith(sockets.HOME + ".") for n in weights):
         return True
-    before = torch.get_rng_state()
+    before, row = torch.get_rng_state(), min(rows, key=len)
     with torch.no_grad():
-        loss_of(model, [min(rows, key=len)], 0)
+        loss_of(model, [replace(row, ids=row.ids[:2], start=min(row.start, 1))], 0)
     drawn = not torch.equal(before, torch.get_rng_state())
     torch.set_rng_state(before)
     return drawn
@@ -615,8 +634,8 @@ class Run:
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir()
         names = {p: n for n, p in self.weights.items()}
-        moments = {f"{key} {names[p]}": value.contiguous() for p, state in self.optimizer.state.items()
-                   for key, value in state.items()}
+        moments = {f"{key} {names[p]}": torch.as_tensor(value).contiguous().clone()
+                   for p, state in self.optimizer.state.items() for key, value in state.items()}
         save_file({n: p.detach().contiguous() for n, p in self.weights.items()}, making / "weights.safetensors")
         save_file(moments, making / "optimizer.safetensors")
         if self.best is not None:
@@ -649,8 +668,10 @@ class Run:
         weights, moments = load_file(newest / "weights.safetensors"), load_file(newest / "optimizer.safetensors")
         for name, p in self.weights.items():
             p.copy_(weights[name])
-            self.optimizer.state[p] = {key: moments[f"{key} {name}"].to(p.device if key != "step" else "cpu")
-                                       for key in ("step", "exp_avg", "exp_avg_sq")}
+            own = {key.partition(" ")[0]: value for key, value in moments.items() if key.partition(" ")[2] == name}
+            step = own.pop("step")                             # bitsandbytes counts with a plain number
+            self.optimizer.state[p] = {"step": step if self.config.optimizer == "adamw" else step.item()} | {
+                key: value.to(p.device) for key, value in own.items()}
         if (newest / "best.safetensors").exists():
             self.best = load_file(newest / "best.safetensors", device=str(next(iter(self.weights.values())).device))
         self.best_loss, self.worse, self.history = state["best_loss"], state["worse"], state["history"]
