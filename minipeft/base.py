@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
+from . import anatomy
 from .fetch import FetchError, fetch
 from .profiles import device as this_device
+from .quant.linear4bit import Linear4bit, quantize
+from .sockets import own_heads
 
 EMBEDDED = ("smollm2-135m", "minilm-l6")  # these need no Hub; see fetch.py
 _TOKENIZERS: WeakKeyDictionary = WeakKeyDictionary()  # model -> the tokenizer that it was loaded with
@@ -22,6 +26,7 @@ def load_base(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     num_labels: int | None = None,
+    quantized: bool = False,
 ):
     """A pretrained model and its tokenizer: `(model, tokenizer)`.
 
@@ -31,6 +36,9 @@ def load_base(
     a Hub id        what its `config.json` names: a causal or encoder-decoder language model, a
                     classifier, or else the bare body
     a local folder  the same, from a folder that `save_pretrained` wrote
+
+    `quantized=True` gives what `mp.quantize` would make of it. The weights are read from safetensors and
+    quantised one by one, on `device`, so that the model in full precision never has to fit.
 
     With `num_labels` it is the same body under a fresh classification head, which is drawn from
     torch's generator: call `torch.manual_seed` before. `dtype` is float32 unless you name one,
@@ -46,12 +54,14 @@ def load_base(
         raise ValueError(f"num_labels is {num_labels!r}; it must be a whole number from 1, or None")
     source = _source(name)
     with _answer_for(name), _quiet(name in EMBEDDED or num_labels is not None):
-        config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
         settings = {} if num_labels is None else {"num_labels": num_labels}
-        model = _model_class(config, num_labels).from_pretrained(
-            source, dtype=dtype or torch.float32, **settings
-        )
+        config = AutoConfig.from_pretrained(source, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model_class, dtype = _model_class(config, num_labels), dtype or torch.float32
+        if quantized:
+            model = _read_in_4_bits(source, model_class, config, dtype, device or this_device())
+        else:
+            model = model_class.from_pretrained(source, dtype=dtype, **settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:  # a decoder's classification head looks for it
@@ -134,6 +144,81 @@ def _model_class(config, num_labels: int | None):
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
     return AutoModelForCausalLM if saved_as.endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
+
+
+def _read_in_4_bits(source: str, model_class, config, dtype: torch.dtype, device) -> nn.Module:
+    """The pretrained model, each linear layer quantised as soon as its weight has been read."""
+    from safetensors import safe_open
+    from transformers import GenerationConfig
+
+    with _parameters_without_memory(dtype):
+        model = model_class.from_config(config, dtype=dtype)
+    turned = {path for path, m in model.named_modules() if anatomy.is_transposed(m)}
+    unread = {name: p.shape for name, p in model.named_parameters()}
+    quantize(model)
+    body = f"{model.base_model_prefix}."
+    for file in _safetensors_files(source):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                name = next((n for n in (key, body + key, key.removeprefix(body)) if n in unread), None)
+                if name is None:                                 # a buffer, another head, the twin of a tied weight
+                    continue
+                value = tensors.get_tensor(key).to(device, dtype)
+                if value.shape != unread.pop(name):
+                    raise ValueError(f"{key} of {source} is {tuple(value.shape)}, which does not fit a "
+                                     f"{type(model).__name__}")
+                path, _, leaf = name.rpartition(".")
+                module = model.get_submodule(path)
+                if isinstance(module, Linear4bit) and leaf == "weight":
+                    module.store(module.requantized(value.T if path in turned else value))
+                else:
+                    setattr(module, leaf, nn.Parameter(value, getattr(module, leaf).requires_grad))
+    heads = own_heads(model)
+    for name in unread:
+        if not name.startswith(tuple(f"{head}." for head in heads)):
+            raise ValueError(f"{source} has no weight {name} of a {type(model).__name__}")
+    for path in heads if unread else ():                         # a new head
+        for module in model.get_submodule(path).to_empty(device=device).modules():
+            model._init_weights(module)
+    model.tie_weights()
+    if model.can_generate():
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    return model.eval()
+
+
+@contextmanager
+def _parameters_without_memory(dtype: torch.dtype):
+    """A module that is made within has its parameters on the meta device, in `dtype`, and real buffers."""
+    register, before = nn.Module.register_parameter, torch.get_default_dtype()
+
+    def on_meta(module, name, p):
+        if p is not None and not p.is_meta:                      # a tied one is there already
+            p = nn.Parameter(p.to("meta"), p.requires_grad)
+        register(module, name, p)
+
+    nn.Module.register_parameter = on_meta
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+        torch.set_default_dtype(before)
+
+
+def _safetensors_files(source: str) -> list[str]:
+    """The files with the weights, of a folder or a Hub id: one, or the shards that an index names."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    whole = cached_file(source, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if whole is not None:
+        return [whole]
+    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        raise ValueError(f"{source} has no model.safetensors, which quantized=True reads; load it with "
+                         "quantized=False and call mp.quantize")
+    return get_checkpoint_shard_files(source, index)[0]
 
 
 @contextmanager

@@ -15,7 +15,8 @@ sgd          0
 momentum     1
 adam, adamw  2
 adamw8bit    2 of one byte, and a float32 scale per 256; tensors below 4096 numbers stay in float32
-             (Dettmers et al. 2021, arXiv:2110.02861, as in bitsandbytes)
+             (Dettmers et al. 2021, arXiv:2110.02861, as in bitsandbytes). "paged_adamw8bit": the
+             same, and it may lie in the CPU's memory
 
 The first four lines are exact. The last three are measured, not estimated: the model is built from
 its config with fake tensors, which have shapes and no memory, and one pass runs forward and backward
@@ -49,10 +50,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from . import anatomy, sockets
+from .quant.linear4bit import Linear4bit, quantize
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16,
           "float16": torch.float16, "autocast": torch.float32}
-STATES = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2, "adamw8bit": 2}
+STATES = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2, "adamw8bit": 2, "paged_adamw8bit": 2}
 LINES = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporary")
 
 
@@ -127,6 +129,9 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         path = name.rpartition(".")[0]
         trainable[path] += p.numel() * p.requires_grad
         total[path] += p.numel()
+    for path, module in anatomy.base_modules(model).items():
+        if isinstance(module, Linear4bit):           # its codes stand for so many numbers, none of them trained
+            total[path] += module.in_features * module.out_features
     methods = [Count("base", sum(trainable.values()), sum(total.values()))]
     for adapter_name, adapter in sockets.adapters(model).items():
         own, seen = list(adapter.parameters()), set()
@@ -208,7 +213,7 @@ def memory_bill(
     seq: int,
     optimizer: str = "adamw",
     dtype: str | torch.dtype = "float32",
-    quantized: bool = False,
+    quantized: bool | None = None,
     logit_positions: int | None = None,
     gradient_checkpointing: bool = False,
 ) -> MemoryBill:
@@ -220,13 +225,14 @@ def memory_bill(
                      it is an encoder's
     method           a method's settings, such as mp.LoRA(); None or "full" for full fine-tuning
     batch, seq       examples and tokens in one pass (mp.fit cuts a batch into passes of `max_tokens`)
-    optimizer        "sgd", "momentum", "adam", "adamw", "adamw8bit"; its update is taken to be fused, as
-                     in mp.fit, so that it makes no temporary copies
+    optimizer        "sgd", "momentum", "adam", "adamw", "adamw8bit", "paged_adamw8bit"; its update is taken
+                     to be fused, as in mp.fit, so that it makes no temporary copies
     dtype            of the base and its activations: "float32", "bfloat16", "float16", "float64".
                      "autocast": float32 weights, matrix products in bfloat16; autograd then keeps a
                      bfloat16 copy of every frozen weight that a gradient passes through
-    quantized        NF4 with double quantisation, 4.127 bits a number, for the linear layers in the
-                     blocks; the rest in `dtype`, in which the layers also compute
+    quantized        NF4 with double quantisation, 4.127 bits a number, for the linear layers that
+                     mp.quantize takes; the rest in `dtype`, in which the layers also compute. None: as
+                     the model is
     logit_positions  positions per example whose next token is a target; None for all `seq`
     gradient_checkpointing  keep the blocks' inputs only, and run each block again in the backward pass
 
@@ -247,6 +253,9 @@ def memory_bill(
         raise ValueError("quantized is True with full fine-tuning; 4-bit codes have no gradient. "
                          "Name a method such as mp.LoRA()")
     config, model_class = _config_and_class(model_or_config)
+    if quantized is None:
+        modules = model_or_config.modules() if isinstance(model_or_config, nn.Module) else ()
+        quantized = not full and any(isinstance(m, Linear4bit) for m in modules)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     taken = getattr(method, "length", 0)                         # positions of a prompt or prefix
     if limit and seq + taken > limit:
@@ -257,9 +266,13 @@ def memory_bill(
     if anatomy.anatomy(model).head is None:
         raise TypeError(f"model_or_config is a {model_class.__name__}, a body without a head; accepted is a model "
                         "with one, such as mp.load_base(name, num_labels=2) gives")
+    fake = next(model.parameters()).fake_mode
+    if quantized:
+        with fake:
+            quantize(model)
     base, buffers = list(model.parameters()), list(model.buffers())
     if not full:
-        with base[0].fake_mode:                       # there is no tokenizer here, and the start weighs nothing
+        with fake:                       # there is no tokenizer here, and the start weighs nothing
             sockets.attach(model, replace(method, init="random", text=None) if hasattr(method, "text") else method)
     if gradient_checkpointing:
         _recompute_blocks(model)
@@ -269,12 +282,6 @@ def memory_bill(
     trained = [p for p in model.parameters() if p.requires_grad]
     own = {id(p) for p in base}
     weights = _bytes(base) + _bytes(buffers)
-    largest = 0                                       # the weight that is unpacked for the moment of its use
-    if quantized:
-        linear = {id(w): w for path in anatomy.match(model, "all-linear")
-                  for w in [model.get_submodule(path).weight]}.values()
-        weights += sum(_nf4_bytes(w.numel()) - w.nbytes for w in linear)
-        largest = max(w.nbytes for w in linear)
     adapter = _bytes(p for p in model.parameters() if id(p) not in own)
     gradients = _bytes(trained)
     states = sum(_state_bytes(optimizer, p) for p in trained)
@@ -282,15 +289,14 @@ def memory_bill(
     temporary = highest[0] - activations - logits     # all is kept still, no gradient is there yet
     if len(highest) > 1:
         temporary = max(temporary, highest[-1] - gradients)  # nothing is kept any more
-    temporary += largest
     standing = weights + adapter + states
     words = "full fine-tuning" if full else repr(method)
     at = "" if model.get_output_embeddings() is None else f", targets at {targets} each"
     return MemoryBill(
         weights=weights, adapter=adapter, gradients=gradients, optimizer=states,
         activations=activations, logits=logits, temporary=temporary,
-        peak=standing + largest + max(highest),
-        parameters=sum(p.numel() for p in model.parameters()),
+        peak=standing + max(highest),
+        parameters=parameter_report(model).total,
         trainable=sum(p.numel() for p in trained),
         assumed=f"{model_class.__name__}, {words}: one pass of {batch} × {seq} tokens{at}; "
                 f"{optimizer}, {dtype_name}{', NF4 base' if quantized else ''}"
@@ -317,15 +323,9 @@ def _bytes(tensors) -> int:
 
 def _state_bytes(optimizer: str, p: Tensor) -> int:
     n = p.numel()
-    if optimizer == "adamw8bit":
+    if optimizer.endswith("adamw8bit"):
         return 2 * (n + 4 * -(-n // 256)) if n >= 4096 else 2 * 4 * n
     return STATES[optimizer] * p.nbytes
-
-
-def _nf4_bytes(n: int) -> int:
-    """Codes of half a byte; a one-byte scale per 64; a float32 scale per 256 of those, and their mean."""
-    scales = -(-n // 64)
-    return -(-n // 2) + scales + 4 * -(-scales // 256) + 4
 
 
 # ---------------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ def _alike(model: nn.Module, path: str) -> bool:
     """Whether the blocks after the first have the same parameters, the pieces plugged into them too."""
     shapes: dict[str, Counter] = {}
     prefix = f"{path}."
-    for name, p in model.named_parameters():
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
         name = name.removeprefix(f"{sockets.HOME}.default.")
         if name.startswith(prefix):
             index, _, rest = name.removeprefix(prefix).partition(".")

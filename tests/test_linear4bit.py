@@ -25,6 +25,12 @@ from .test_lora import Tiny, bytes_of, distance, logits_of, random_state, train
 SEVERAL = ["llama", "gpt2", "phi3", "falcon", "bert", "distilbert", "t5"]
 
 
+@pytest.fixture(autouse=True)
+def readable(monkeypatch):
+    """These are tests of the readable PyTorch; the compiled kernels have their own."""
+    monkeypatch.setattr(nf4, "compiled", lambda t, kind: None)
+
+
 def quantized(family, **settings):
     return mp.quantize(FAMILIES[family](), **settings)
 
@@ -369,3 +375,94 @@ def test_two_adapters_are_merged_and_unmerged_in_any_order():
     assert torch.equal(logits_of(model), both)
     mp.activate(model, None)
     assert bytes_of(model.state_dict()) == before
+
+
+# ---------------------------------------------------------------- read layer by layer
+
+
+def tokenizer_in(folder):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": torch.bfloat16}, {"num_labels": 3}])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "phi3"])
+def test_a_base_read_in_4_bits_is_the_base_quantised_afterwards(family, settings, tmp_path):
+    FAMILIES[family]().save_pretrained(tmp_path, max_shard_size="40KB")   # some shards
+    tokenizer_in(tmp_path)
+    torch.manual_seed(3)
+    wanted = mp.quantize(mp.load_base(str(tmp_path), device="cpu", **settings)[0])
+    torch.manual_seed(3)
+    model, _ = mp.load_base(str(tmp_path), device="cpu", quantized=True, **settings)
+    assert type(model) is type(wanted) and not model.training
+    ours, theirs = state_of(model), state_of(wanted)
+    heads = tuple(f"{head}." for head in sockets.own_heads(model)) if "num_labels" in settings else ()
+    assert ours.keys() == theirs.keys()
+    for name, t in theirs.items():
+        assert ours[name].dtype == t.dtype and (torch.equal(ours[name], t) or name.startswith(heads or ("-",))), name
+    assert {n for n, p in model.named_parameters()} == {n for n, p in wanted.named_parameters()}
+    assert all(not t.is_meta for t in (*model.parameters(), *model.buffers()))
+    if not heads:
+        assert torch.equal(logits_of(model, family), logits_of(wanted, family))
+        assert model.generation_config == wanted.generation_config if model.can_generate() else True
+    assert all(t.isfinite().all() for t in model.parameters())
+
+
+def test_while_it_is_read_no_two_weights_are_in_memory_at_once(tmp_path, monkeypatch):
+    import weakref
+
+    import safetensors
+
+    FAMILIES["llama"]().save_pretrained(tmp_path)
+    tokenizer_in(tmp_path)
+    alive, most, opened = [], [], safetensors.safe_open
+
+    class Watched:
+        def __init__(self, *args):
+            self.file = opened(*args)
+
+        def __enter__(self):
+            self.file = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_tensor(self, key):
+            t = self.file.get_tensor(key).double().float()               # memory of its own
+            linear = any(part in key for part in ("_proj",))
+            alive[:] = [r for r in alive if r() is not None]
+            if linear:
+                alive.append(weakref.ref(t))
+                most.append(len(alive))
+            return t
+
+    monkeypatch.setattr(safetensors, "safe_open", Watched)
+    mp.load_base(str(tmp_path), device="cpu", quantized=True)
+    assert len(most) == 14 and max(most) <= 2                             # this one, and the name of the one before
+
+
+def test_a_base_without_safetensors_or_with_a_weight_too_few_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = FAMILIES["llama"]()
+    model.save_pretrained(tmp_path)
+    tokenizer_in(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({k: t for k, t in tensors.items() if k != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no weight {name} of a LlamaForCausalLM"):
+        mp.load_base(str(tmp_path), quantized=True)
+    save_file({k: t[:5] if k == name else t for k, t in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"up_proj.weight of .* is \(5, 32\), which does not fit"):
+        mp.load_base(str(tmp_path), quantized=True)
+    file.unlink()
+    with pytest.raises(ValueError, match="no model.safetensors, which quantized=True reads"):
+        mp.load_base(str(tmp_path), quantized=True)

@@ -21,6 +21,12 @@ WORD = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: 
 
 
 @pytest.fixture(autouse=True)
+def readable(monkeypatch):
+    """These are tests of the readable PyTorch; the compiled kernels have their own."""
+    monkeypatch.setattr(nf4, "compiled", lambda t, kind: None)
+
+
+@pytest.fixture(autouse=True)
 def bitsandbytes_uncompiled():
     """It has torch compile some of its functions, once for every size."""
     with torch.compiler.set_stance("force_eager"):
@@ -221,3 +227,18 @@ def test_a_number_that_is_not_finite_is_refused_with_its_position():
 def test_what_cannot_be_quantised_is_refused_by_name(t, settings, error, says):
     with pytest.raises(error, match=says):
         mp.nf4.quantize(t, **settings)
+
+
+def test_where_the_compiled_kernels_are_built_they_are_used_and_change_no_bit(monkeypatch):
+    monkeypatch.undo()
+    kernels = pytest.importorskip("minipeft.quant.kernels")
+    x = several(0, 40, 70)
+    if kernels.available():
+        assert nf4.compiled(x, "nf4") is kernels and agrees(x) and agrees(x.half(), nested=True)
+    calls = []
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    monkeypatch.setattr(kernels, "quantize", lambda t, b: calls.append("quantize") or nf4.quantize_blocks(t, b))
+    monkeypatch.setattr(kernels, "dequantize", lambda *a, **k: calls.append("dequantize") or torch.zeros(2800))
+    nf4.dequantize(nf4.quantize(x))
+    assert calls == ["quantize", "dequantize"]
+    assert nf4.compiled(x, "fp4") is None and nf4.compiled(x.to("meta"), "nf4") is None

@@ -55,7 +55,8 @@ def quantize_scales(scales: Tensor) -> QuantizedScales:
     x = scales - offset                                          # (blocks,)
     rows = torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     absmax = rows.abs().amax(1)                                  # (⌈blocks/256⌉,)
-    z = (rows * (1 / absmax)[:, None]).nan_to_num(nan=-1.0).clamp(-1, 1)  # 0/0, where all scales are equal: any code does
+    z = rows * (1 / absmax)[:, None]                             # 0/0 where all scales are equal: any code does
+    z = z.nan_to_num(nan=-1.0).clamp(-1, 1)
     point = ((z + 1) * 0.5 * (POINTS - 1) + 0.5).long()          # rounded to the nearest
     return QuantizedScales(_CODE.to(x.device)[point].view(-1)[:len(x)], absmax, offset)
 

@@ -37,6 +37,7 @@ class Linear4bit(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, block_size: int = 64,
                  double_quant: bool = True, device=None, dtype: torch.dtype | None = None):
         super().__init__()
+        nf4.check_block_size(block_size)
         self.in_features, self.out_features = in_features, out_features
         self.block_size, self.dtype = block_size, dtype or torch.get_default_dtype()
         n = in_features * out_features
@@ -110,7 +111,7 @@ class Linear4bit(nn.Module):
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         if self.merged is not None:
             return F.linear(x, self.merged.to(x.dtype), bias)
-        return Product.apply(x, self.q, bias)
+        return matmul(x, self.q, bias)
 
     def _apply(self, fn, recurse=True):
         """What `.to`, `.half`, `.cuda` … do to every tensor; the scales change device, not dtype."""
@@ -129,26 +130,22 @@ class Linear4bit(nn.Module):
 
 
 class Product(torch.autograd.Function):
-    """x Wᵀ + b for a W in 4 bits. Only the codes are kept for the backward pass."""
+    """x Wᵀ for a W in 4 bits. Only the codes are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, q, bias):
+    def forward(ctx, x, q):
         ctx.q = q
-        return matmul(x, q, bias)                                # (…, out)
+        return F.linear(x, nf4.dequantize(q, x.dtype))           # (…, out)
 
     @staticmethod
     def backward(ctx, grad_y):                                   # (…, out)
-        grad_x = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ nf4.dequantize(ctx.q, grad_y.dtype)  # (…, in)
-        if ctx.needs_input_grad[2]:
-            grad_b = grad_y.flatten(0, -2).sum(0)                # (out,)
-        return grad_x, None, grad_b
+        return grad_y @ nf4.dequantize(ctx.q, grad_y.dtype), None  # (…, in)
 
 
 def matmul(x: Tensor, q: Quantized, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b: x (…, in), q of a W (out, in), bias (out,) or None."""
-    y = F.linear(x, nf4.dequantize(q, x.dtype))
+    """x Wᵀ + b: x (…, in), q of a W (out, in), bias (out,) or None. By the compiled kernel where there is one."""
+    kernels = nf4.compiled(x, q.kind)
+    y = Product.apply(x, q) if kernels is None else kernels.gemm(x, q.packed, q.scales, q.shape, q.block_size)
     return y if bias is None else y.add_(bias)
 
 

@@ -65,14 +65,16 @@ def alternate(W: Tensor, lora: LoRA, iterations: int, block_size: int = 64,
     """W (out, in) -> Q, A (r, in), B (out, r), and the relative residuals: without LoRA, then after each iteration."""
     r, s = lora.rank, lora.scale
     exact = W.float()
-    Q, A, B = nf4.quantize(W, block_size, double_quant=double_quant), W.new_zeros(r, W.shape[1]), W.new_zeros(len(W), r)
+    A, B = exact.new_zeros(r, W.shape[1]), exact.new_zeros(len(W), r)
+    Q = nf4.quantize(W, block_size, double_quant=double_quant)
     residuals = [relative(exact - nf4.dequantize(Q, torch.float32), exact)]
     for t in range(iterations):
         new_Q = nf4.quantize((exact - s * (B @ A)).to(W.dtype), block_size, double_quant=double_quant) if t else Q
         rest = exact - nf4.dequantize(new_Q, torch.float32)      # (out, in)
         U, S, Vt = torch.linalg.svd(rest, full_matrices=False)
-        root = (S[:r] / s).sqrt()                                # (r,)
-        new_A, new_B = root[:, None] * Vt[:r], U[:, :r] * root
+        root = (S[:r] / s).sqrt()                                # (r,), or fewer where W has no r singular values
+        new_A, new_B = torch.zeros_like(A), torch.zeros_like(B)
+        new_A[:len(root)], new_B[:, :len(root)] = root[:, None] * Vt[:r], U[:, :r] * root
         residuals.append(relative(rest - s * (new_B @ new_A), exact))
         if residuals[-1] >= residuals[-2]:
             break

@@ -104,12 +104,12 @@ def quantize(t: Tensor, block_size: int = 64, kind: str = "nf4", *, double_quant
                         "float32, float16 and bfloat16")
     if t.numel() == 0:
         raise ValueError(f"t is empty, {tuple(t.shape)}; at least one number is needed")
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size is {block_size!r}; accepted are {', '.join(map(str, BLOCK_SIZES))}")
+    check_block_size(block_size)
     if kind not in LEVELS:
         raise ValueError(f"kind is {kind!r}; accepted are {', '.join(map(repr, LEVELS))}")
     flat = t.detach().reshape(-1)                                # (n,)
-    packed, scales = quantize_blocks(flat, block_size, kind)
+    kernels = compiled(flat, kind)
+    packed, scales = quantize_blocks(flat, block_size, kind) if kernels is None else kernels.quantize(flat, block_size)
     if has_values(scales) and not scales.isfinite().all():
         at = (~t.detach().isfinite()).nonzero()[0].tolist()
         raise ValueError(f"t{at} is {t[tuple(at)].item()}; only finite numbers can be quantised")
@@ -118,6 +118,12 @@ def quantize(t: Tensor, block_size: int = 64, kind: str = "nf4", *, double_quant
         if has_values(scales.offset) and not scales.offset.isfinite():
             raise ValueError("the mean of the scales is beyond float32; double_quant=False keeps them as they are")
     return Quantized(packed, scales, tuple(t.shape), t.dtype, block_size, kind)
+
+
+def check_block_size(block_size: int) -> None:
+    """`ValueError` unless bitsandbytes takes it too."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size is {block_size!r}; accepted are {', '.join(map(str, BLOCK_SIZES))}")
 
 
 def quantize_blocks(x: Tensor, block_size: int, kind: str = "nf4") -> tuple[Tensor, Tensor]:
@@ -145,11 +151,23 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     s · level is computed in float32, then rounded to `dtype`, the original one unless you name another.
     """
     n, full = math.prod(q.shape), math.prod(q.shape) // q.block_size
+    dtype, kernels = dtype or q.dtype, compiled(q.packed, q.kind)
+    if kernels is not None:
+        direct = dtype if dtype in DTYPES else torch.float32
+        return kernels.dequantize(q.packed, q.scales, n, q.block_size, dtype=direct).view(q.shape).to(dtype)
     x = _PAIRS[q.kind].to(q.packed.device).index_select(0, q.packed.int()).view(-1)[:n]  # (n,) levels
     scales = q.absmax
     x[:full * q.block_size].view(-1, q.block_size).mul_(scales[:full, None])
     x[full * q.block_size:].mul_(scales[full:])                  # a last block that is not full
-    return x.view(q.shape).to(dtype or q.dtype)
+    return x.view(q.shape).to(dtype)
+
+
+def compiled(t: Tensor, kind: str):
+    """The module of the compiled kernels, where they are built and made for a tensor like `t`; else None."""
+    from . import kernels
+
+    made_for = t.device.type == "cpu" or (t.device.type == "cuda" and kernels.cuda_home() is not None)
+    return kernels if kind == "nf4" and made_for and kernels.available() else None
 
 
 def has_values(t: Tensor) -> bool:
