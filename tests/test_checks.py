@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minipeft.checks import exercises, frame
-from minipeft.checks import ch00_start, ch01_full, ch05_lora
+from minipeft.checks import ch00_start, ch01_full, ch05_lora, ch06_dora_ia3
 from minipeft.checks.frame import Case, Draw, Exercise
 
 
@@ -336,6 +336,373 @@ WRONG = {
 }
 
 
+# ---------------------------------------------------------------------------- chapter 3, prefixes
+
+
+def with_prefix(scale=None, diagonal=None, turn=False, front=True):
+    """Causal attention behind a prefix; the arguments break it."""
+
+    def fn(q, K, V, P_K, P_V):
+        B, H, T, d = q.shape
+        G, n, _ = P_K.shape
+        K, V = (torch.cat([P.expand(B, -1, -1, -1), X] if front else [X, P.expand(B, -1, -1, -1)], dim=2)
+                for P, X in ((P_K, K), (P_V, V)))
+        K, V = (X.repeat(1, H // G, 1, 1) if turn else X.repeat_interleave(H // G, dim=1) for X in (K, V))
+        see = torch.ones(T, n + T, dtype=torch.bool).tril(n if diagonal is None else diagonal(n, T))
+        scores = q @ K.mT * (d**-0.5 if scale is None else scale(d))
+        return scores.masked_fill(~see, -math.inf).softmax(-1) @ V
+
+    return fn
+
+
+prefixed = with_prefix()
+
+
+def prefixed_in_place(q, K, V, P_K, P_V):
+    q *= 1.0 / math.sqrt(q.shape[-1])
+    return with_prefix(scale=lambda d: 1.0)(q, K, V, P_K, P_V)
+
+
+def prefixed_by_torch(q, K, V, P_K, P_V):
+    B, _, T, _ = q.shape
+    K, V = (torch.cat([P.expand(B, -1, -1, -1), X], dim=2) for P, X in ((P_K, K), (P_V, V)))
+    see = torch.ones(T, K.shape[2], dtype=torch.bool).tril(K.shape[2] - T)
+    return nn.functional.scaled_dot_product_attention(q, K, V, attn_mask=see, enable_gqa=True)
+
+
+def prefixed_is_causal(q, K, V, P_K, P_V):  # the public mistake
+    B = len(q)
+    K, V = (torch.cat([P.expand(B, -1, -1, -1), X], dim=2) for P, X in ((P_K, K), (P_V, V)))
+    return nn.functional.scaled_dot_product_attention(q, K, V, is_causal=True, enable_gqa=True)
+
+
+def share_of(q, K, P_K):
+    return (q @ torch.cat([P_K, K]).T / q.shape[-1] ** 0.5).softmax(-1)[:, : len(P_K)].sum(-1)
+
+
+def cut_heads(h, W_K, W_V, kv_heads):
+    P_K, P_V = ((h @ W.T).view(len(h), kv_heads, -1).transpose(0, 1) for W in (W_K, W_V))
+    return P_K, P_V
+
+
+def folded(E, W, b, W_l, b_l, kv_heads, inner=torch.tanh, order=(1, 2, 0, 3)):
+    x = inner(E @ W.T + b) @ W_l.T + b_l
+    P_K, P_V = x.view(len(E), 2, kv_heads, -1).permute(*order)
+    return P_K, P_V
+
+
+def see_keys(real, n, diagonal=0, prefix=True, padding=True):
+    B, T = real.shape
+    keys = torch.cat([torch.full((B, n), prefix), real if padding else torch.ones_like(real)], dim=1)
+    return torch.ones(T, n + T, dtype=torch.bool).tril(n + diagonal) & keys[:, None]
+
+
+RIGHT |= {
+    "prefix-attention": [prefixed, prefixed_by_torch],
+    "prefix-share": [share_of, lambda q, K, P: 1 - share_of(q, P, K)],
+    "prefix-parameter-count": [lambda L, H, G, d, n: 2 * L * G * d * n],
+    "prefix-of-a-prompt": [
+        cut_heads,
+        lambda h, W_K, W_V, G: tuple(torch.einsum("nw,gdw->gnd", h, W.view(G, -1, W.shape[1])) for W in (W_K, W_V)),
+        lambda *given: list(cut_heads(*given)),
+    ],
+    "fold-prefix": [folded, lambda *given: tuple(x.contiguous() for x in folded(*given))],
+    "visible": [see_keys, lambda real, n: torch.stack([see_keys(row[None], n)[0] for row in real])],
+}
+
+WRONG |= {
+    "prefix-attention": [
+        with_prefix(diagonal=lambda n, T: 0),
+        with_prefix(diagonal=lambda n, T: n - 1),
+        with_prefix(diagonal=lambda n, T: n + T),
+        with_prefix(scale=lambda d: 1.0),
+        with_prefix(scale=lambda d: 1 / d),
+        with_prefix(turn=True),
+        with_prefix(front=False),
+        prefixed_is_causal,
+        prefixed_in_place,
+        lambda q, K, V, P_K, P_V: prefixed(q, K, V, P_V, P_K),
+        lambda q, K, V, P_K, P_V: prefixed(q, K, V, P_K[:, :0], P_V[:, :0]),
+        lambda q, K, V, P_K, P_V: prefixed(q, K, V, P_K, 0 * P_V),
+        lambda q, K, V, P_K, P_V: prefixed(q, K, V, 0 * P_K, P_V),
+        lambda q, K, V, P_K, P_V: prefixed(q, K[:1], V[:1], P_K, P_V) if len(q) == 1 else prefixed(q, K, V, P_K, P_V)[:1].expand_as(q),
+        lambda *given: prefixed(*given).double(),
+        lambda *given: prefixed(*given).transpose(1, 2),
+        lambda *given: prefixed(*given) * math.nan,
+        noisy(prefixed, 1e-4),
+    ],
+    "prefix-share": [
+        lambda q, K, P: 1 - share_of(q, K, P),
+        lambda q, K, P: (q @ torch.cat([P, K]).T).softmax(-1)[:, : len(P)].sum(-1),
+        lambda q, K, P: share_of(q, K, P) / len(P),
+        lambda q, K, P: share_of(q, K, P).mean(),
+        lambda q, K, P: share_of(q, K, P)[:, None],
+        lambda q, K, P: (q @ P.T / q.shape[-1] ** 0.5).softmax(-1).sum(-1),
+        lambda q, K, P: torch.full((len(q),), len(P) / (len(P) + len(K)), dtype=q.dtype),
+        lambda q, K, P: (q @ torch.cat([K, P]).T / q.shape[-1] ** 0.5).softmax(-1)[:, : len(P)].sum(-1),
+        lambda q, K, P: torch.zeros(len(q), dtype=q.dtype),
+        lambda q, K, P: share_of(q, K, P).tolist(),
+    ],
+    "prefix-parameter-count": [
+        lambda L, H, G, d, n: 2 * L * H * d * n,
+        lambda L, H, G, d, n: L * G * d * n,
+        lambda L, H, G, d, n: 2 * G * d * n,
+        lambda L, H, G, d, n: H * d * n,
+        lambda L, H, G, d, n: L * (2 * G + H) * d * n,
+        lambda L, H, G, d, n: 2 * L * d * n,
+        lambda L, H, G, d, n: 2.0 * L * G * d * n,
+        lambda L, H, G, d, n: 184_320,
+    ],
+    "prefix-of-a-prompt": [
+        lambda *given: cut_heads(*given)[::-1],
+        lambda h, W_K, W_V, G: tuple((h @ W.T).reshape(G, len(h), -1) for W in (W_K, W_V)),
+        lambda h, W_K, W_V, G: tuple((h @ W.T).view(len(h), -1, G).permute(2, 0, 1) for W in (W_K, W_V)),
+        lambda h, W_K, W_V, G: cut_heads(h, W_K, W_K, G),
+        lambda h, W_K, W_V, G: tuple((h @ W.T).view(len(h), G, -1) for W in (W_K, W_V)),
+        lambda h, W_K, W_V, G: tuple((h @ W).view(len(h), G, -1).transpose(0, 1) for W in (W_K, W_V)),
+        lambda *given: cut_heads(*given)[0],
+        lambda *given: torch.stack(cut_heads(*given)),
+        lambda *given: tuple(x * 0 for x in cut_heads(*given)),
+    ],
+    "fold-prefix": [
+        lambda *given: folded(*given)[::-1],
+        lambda *given: folded(*given, inner=lambda x: x),
+        lambda *given: folded(*given, inner=torch.relu),
+        lambda *given: tuple(map(torch.tanh, folded(*given, inner=lambda x: x))),
+        lambda E, W, b, W_l, b_l, G: folded(E, W, 0 * b, W_l, b_l, G),
+        lambda E, W, b, W_l, b_l, G: folded(E, W, b, W_l, 0 * b_l, G),
+        lambda E, W, b, W_l, b_l, G: tuple(
+            (torch.tanh(E @ W.T + b) @ W_l.T + b_l).view(len(E), G, 2, -1).permute(2, 1, 0, 3)),
+        lambda E, W, b, W_l, b_l, G: tuple(
+            x.reshape(G, len(E), -1) for x in (torch.tanh(E @ W.T + b) @ W_l.T + b_l).chunk(2, dim=1)),
+        lambda *given: folded(*given, order=(1, 0, 2, 3)),
+    ],
+    "visible": [
+        lambda real, n: see_keys(real, n, diagonal=-n),
+        lambda real, n: see_keys(real, n, diagonal=-1),
+        lambda real, n: see_keys(real, n, diagonal=99),
+        lambda real, n: see_keys(real, n, prefix=False),
+        lambda real, n: see_keys(real, n, padding=False),
+        lambda real, n: see_keys(real, n).roll(-n, dims=2),
+        lambda real, n: ~see_keys(real, n),
+        lambda real, n: see_keys(real, n).float(),
+        lambda real, n: see_keys(real, n)[:, None],
+        lambda real, n: see_keys(real, n)[0],
+        lambda real, n: see_keys(real, n) & real[..., None],
+    ],
+}
+
+
+# ---------------------------------------------------------------------------- chapter 6
+
+
+def dora(W, A, B, m, alpha, rank):
+    V = W + alpha / rank * B @ A
+    return m[:, None] * V / V.norm(dim=1, keepdim=True)
+
+
+def dora_layer(x, W, b, A, B, m, alpha, rank):
+    V = W + alpha / rank * B @ A
+    return m / V.norm(dim=1).detach() * (x @ V.T) + b
+
+
+def dora_layer_without_v(x, W, b, A, B, m, alpha, rank):  # as the package does it
+    s = alpha / rank
+    with torch.no_grad():
+        length = (W.square().sum(1) + 2 * s * (B * (W @ A.T)).sum(1) + s * s * (B * (B @ (A @ A.T))).sum(1)).sqrt()
+    c = m / length
+    return c * (x @ W.T + b + s * (x @ A.T) @ B.T) + (1 - c) * b
+
+
+def dora_layer_with(length, bias=lambda c, b: b):
+    """A DoRA layer whose c is m / length(V, W)."""
+
+    def fn(x, W, b, A, B, m, alpha, rank):
+        V = W + alpha / rank * B @ A
+        c = m / length(V, W)
+        return c * (x @ V.T) + bias(c, b)
+
+    return fn
+
+
+def rescaled(x, W, l, scores=lambda q, k: q @ k.mT / k.shape[-1] ** 0.5):
+    q, k, v = x @ W["q"].T, l["k"] * (x @ W["k"].T), l["v"] * (x @ W["v"].T)
+    return scores(q, k).softmax(-1) @ v, (l["ff"] * torch.relu(x @ W["up"].T)) @ W["down"].T
+
+
+def rescaled_elsewhere(x, W, l):  # the same block: l_k beside q, l_v after the softmax
+    q, k, v = l["k"] * (x @ W["q"].T), x @ W["k"].T, x @ W["v"].T
+    attended = l["v"] * ((q @ k.transpose(1, 2) / math.sqrt(len(W["k"]))).softmax(2) @ v)
+    return [attended, torch.relu(x @ W["up"].T) @ (W["down"] * l["ff"]).T]
+
+
+def rescaled_in_place(x, W, l):
+    W["k"] *= l["k"][:, None]
+    return rescaled(x, W, l | {"k": torch.ones_like(l["k"])})
+
+
+def ia3_count(layers, hidden, heads, kv_heads, inner):
+    return layers * (2 * kv_heads * (hidden // heads) + inner)
+
+
+def ia3_folded(W, b, l, feed_forward):
+    return (W * l, b) if feed_forward else (l[:, None] * W, l * b)
+
+
+def ia3_folded_in_place(W, b, l, feed_forward):
+    W *= l if feed_forward else l[:, None]
+    return W, b if feed_forward else l * b
+
+
+def plain(A, B, A0, B0, alpha, rank):
+    return torch.cat([A, A0]), torch.cat([B, -B0], dim=1), 2 * alpha
+
+
+def plain_by_svd(A, B, A0, B0, alpha, rank):
+    stacked, beside, _ = plain(A, B, A0, B0, alpha, rank)
+    U, S, Vt = torch.linalg.svd(beside.double() @ stacked.double(), full_matrices=False)
+    n = min(2 * rank, len(S))
+    pad = 2 * rank - n
+    rows, columns = S[:n, None] * Vt[:n], U[:, :n]
+    return (nn.functional.pad(rows, (0, 0, 0, pad)).to(A.dtype), nn.functional.pad(columns, (0, pad)).to(A.dtype), 2.0 * alpha)
+
+
+RIGHT |= {
+    "dora-weight": [
+        dora,
+        lambda W, A, B, m, alpha, rank: nn.functional.normalize(W + alpha / rank * B @ A, dim=1) * m.unsqueeze(1),
+    ],
+    "dora-forward": [
+        dora_layer,
+        dora_layer_without_v,
+        lambda x, W, b, A, B, m, alpha, rank: nn.functional.linear(x, dora_with_constant_norm(W, A, B, m, alpha, rank), b),
+    ],
+    "ia3-block": [rescaled, rescaled_elsewhere],
+    "ia3-parameter-count": [ia3_count],
+    "ia3-merge": [ia3_folded, lambda W, b, l, ff: [W @ torch.diag(l), b] if ff else [torch.diag(l) @ W, b * l]],
+    "pissa-as-lora": [
+        plain,
+        plain_by_svd,
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([-A0, A]), torch.cat([B0, B], dim=1), 2 * alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, A0]), 2 * torch.cat([B, -B0], dim=1), alpha),
+    ],
+}
+
+
+def dora_with_constant_norm(W, A, B, m, alpha, rank):
+    V = W + alpha / rank * B @ A
+    return (m / V.detach().norm(dim=1))[:, None] * V
+
+
+WRONG |= {
+    "dora-weight": [
+        lambda W, A, B, m, alpha, rank: W,
+        lambda W, A, B, m, alpha, rank: W + alpha / rank * B @ A,
+        lambda W, A, B, m, alpha, rank: m[:, None] * W / W.norm(dim=1, keepdim=True),
+        lambda W, A, B, m, alpha, rank: m[:, None] * (W + alpha / rank * B @ A) / W.norm(dim=1, keepdim=True),
+        lambda W, A, B, m, alpha, rank: m[:, None] * (V := W + alpha / rank * B @ A) / V.norm(dim=0, keepdim=True),
+        lambda W, A, B, m, alpha, rank: m * (V := W + alpha / rank * B @ A) / V.norm(dim=0, keepdim=True),
+        lambda W, A, B, m, alpha, rank: m[:, None] * (V := W + alpha / rank * B @ A) / V.norm(),
+        lambda W, A, B, m, alpha, rank: m[:, None] * (V := W + alpha / rank * B @ A) / V.square().sum(1, keepdim=True),
+        lambda W, A, B, m, alpha, rank: m[:, None] * (V := W + alpha / rank * B @ A) / V.abs().sum(1, keepdim=True),
+        lambda W, A, B, m, alpha, rank: m[:, None] * (W + alpha / rank * B @ A),
+        lambda W, A, B, m, alpha, rank: nn.functional.normalize(W + alpha / rank * B @ A, dim=1),
+        lambda W, A, B, m, alpha, rank: dora(W, A, B, m, rank, rank),
+        lambda W, A, B, m, alpha, rank: dora(W, A, B, m, alpha, 1),
+        lambda W, A, B, m, alpha, rank: dora(W, A, B, m, alpha, rank**0.5),
+        lambda W, A, B, m, alpha, rank: dora(W, A, -B, m, alpha, rank),
+        lambda W, A, B, m, alpha, rank: dora(W, A, B, m, alpha, rank).T,
+        lambda W, A, B, m, alpha, rank: dora(W, A, B, m, alpha, rank).half().to(W.dtype),
+        lambda W, A, B, m, alpha, rank: dora(W, A, B, m, alpha, rank).double().float(),
+        lambda W, A, B, m, alpha, rank: dora(W, A, B, m, alpha, rank) * math.nan,
+        lambda W, A, B, m, alpha, rank: dora(W.add_(0.1), A, B, m, alpha, rank),
+    ],
+    "dora-forward": [
+        dora_layer_with(lambda V, W: V.norm(dim=1)),
+        dora_layer_with(lambda V, W: W.norm(dim=1)),
+        dora_layer_with(lambda V, W: V.norm(dim=1).detach(), bias=lambda c, b: c * b),
+        dora_layer_with(lambda V, W: V.norm(dim=1).detach(), bias=lambda c, b: 0),
+        dora_layer_with(lambda V, W: V.norm().detach()),
+        dora_layer_with(lambda V, W: 1),
+        lambda x, W, b, A, B, m, alpha, rank: dora_layer(x, W, b, A, B, m.detach(), alpha, rank),
+        lambda x, W, b, A, B, m, alpha, rank: dora_layer(x, W, b, A.detach(), B, m, alpha, rank),
+        lambda x, W, b, A, B, m, alpha, rank: dora_layer(x, W, b, A, B.detach(), m, alpha, rank),
+        lambda x, W, b, A, B, m, alpha, rank: dora_layer(x, W, b, A, B, m, alpha, rank).detach(),
+        lambda x, W, b, A, B, m, alpha, rank: dora_layer(x, W, b, A, B, m, alpha, rank).detach().requires_grad_(),
+        lambda x, W, b, A, B, m, alpha, rank: dora_layer(x, W, b, A, B, m, alpha, 1),
+        lambda x, W, b, A, B, m, alpha, rank: x @ (W + alpha / rank * B @ A).T + b,
+        lambda x, W, b, A, B, m, alpha, rank: x @ W.T + b,
+        lambda x, W, b, A, B, m, alpha, rank: dora_layer(x, W, b, A, B, m, alpha, rank)[0],
+        lambda x, W, b, A, B, m, alpha, rank: dora_layer(x, W, b, A, B, m, alpha, rank).to(torch.bfloat16),
+        lambda x, W, b, A, B, m, alpha, rank: dora_layer(x, W, b, A, B, m, alpha, rank).tolist(),
+        lambda x, W, b, A, B, m, alpha, rank: dora_layer(x.mul_(2), W, b, A, B, m, alpha, rank),
+    ],
+    "ia3-block": [
+        lambda x, W, l: rescaled(x, W, {name: torch.ones_like(t) for name, t in l.items()}),
+        lambda x, W, l: rescaled(x, W, l | {"k": torch.ones_like(l["k"])}),
+        lambda x, W, l: rescaled(x, W, l | {"v": torch.ones_like(l["v"])}),
+        lambda x, W, l: rescaled(x, W, l | {"ff": torch.ones_like(l["ff"])}),
+        lambda x, W, l: (rescaled(x, W, l)[0], torch.relu(l["ff"] * (x @ W["up"].T)) @ W["down"].T),
+        lambda x, W, l: (rescaled(x, W, l)[0], (l["ff"] * (x @ W["up"].T)) @ W["down"].T),
+        lambda x, W, l: (rescaled(x, W, l)[0], (l["ff"] + torch.relu(x @ W["up"].T)) @ W["down"].T),
+        lambda x, W, l: (rescaled(x, W, l)[0], (l["ff"] * nn.functional.gelu(x @ W["up"].T)) @ W["down"].T),
+        lambda x, W, l: rescaled(x, W, l, scores=lambda q, k: q @ k.mT),
+        lambda x, W, l: rescaled(x, W, l, scores=lambda q, k: q @ k.mT / x.shape[-1] ** 0.5),
+        lambda x, W, l: rescaled(x, W, l, scores=lambda q, k: k @ q.mT / k.shape[-1] ** 0.5),
+        lambda x, W, l: rescaled(x, W, l, scores=lambda q, k: (q @ k.mT / k.shape[-1] ** 0.5).tril()),
+        lambda x, W, l: rescaled(x, W, l | {"k": 1 / l["k"]}),
+        lambda x, W, l: rescaled(x, W, {name: t.abs() for name, t in l.items()}),
+        lambda x, W, l: tuple(reversed(rescaled(x, W, l))),
+        lambda x, W, l: rescaled(x, W, l)[0],
+        lambda x, W, l: dict(zip(("attended", "fed"), rescaled(x, W, l))),
+        lambda x, W, l: tuple(t * math.nan for t in rescaled(x, W, l)),
+        rescaled_in_place,
+    ],
+    "ia3-parameter-count": [
+        lambda layers, hidden, heads, kv_heads, inner: layers * (2 * hidden + inner),
+        lambda layers, hidden, heads, kv_heads, inner: layers * (2 * kv_heads + inner),
+        lambda layers, hidden, heads, kv_heads, inner: 2 * kv_heads * (hidden // heads) + inner,
+        lambda layers, hidden, heads, kv_heads, inner: layers * (kv_heads * (hidden // heads) + inner),
+        lambda layers, hidden, heads, kv_heads, inner: layers * (2 * kv_heads * (hidden // heads) + 2 * inner),
+        lambda layers, hidden, heads, kv_heads, inner: layers * (hidden + 2 * kv_heads * (hidden // heads) + inner),
+        lambda layers, hidden, heads, kv_heads, inner: layers * (2 * kv_heads * (hidden // heads) + hidden),
+        lambda layers, hidden, heads, kv_heads, inner: layers * (2 * kv_heads * hidden / heads + inner),
+        lambda layers, hidden, heads, kv_heads, inner: ia3_count(layers, hidden, heads, kv_heads, inner) * hidden,
+        lambda layers, hidden, heads, kv_heads, inner: 614_400,
+    ],
+    "ia3-merge": [
+        lambda W, b, l, ff: (W, b),
+        lambda W, b, l, ff: (W * l if ff else l[:, None] * W, b),
+        lambda W, b, l, ff: (W * l, l.mean() * b) if ff else (l[:, None] * W, l * b),
+        lambda W, b, l, ff: (W * l, b * l[: len(b)]) if ff and len(l) >= len(b) else ia3_folded(W, b, l, ff),
+        lambda W, b, l, ff: (l[:, None] * W, b) if len(l) == len(W) else (W * l, b),
+        lambda W, b, l, ff: ia3_folded(W, b, 1 / l, ff),
+        lambda W, b, l, ff: ia3_folded(W, b, l.abs(), ff),
+        lambda W, b, l, ff: (W + l, b) if ff else (W + l[:, None], b + l),
+        lambda W, b, l, ff: ia3_folded(W, b, l, ff)[0],
+        lambda W, b, l, ff: tuple(t.half().to(W.dtype) for t in ia3_folded(W, b, l, ff)),
+        lambda W, b, l, ff: (l[:, None] * W, l * b) if not ff else (W * l, torch.zeros_like(b)),
+        ia3_folded_in_place,
+    ],
+    "pissa-as-lora": [
+        lambda A, B, A0, B0, alpha, rank: (A, B, alpha),
+        lambda A, B, A0, B0, alpha, rank: (A - A0, B - B0, alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, A0]), torch.cat([B, B0], dim=1), 2 * alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, A0]), torch.cat([B, -B0], dim=1), alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, -A0]), torch.cat([B, -B0], dim=1), 2 * alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A0, A]), torch.cat([B, -B0], dim=1), 2 * alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A0, A]), torch.cat([B0, -B], dim=1), 2 * alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, A0]), torch.cat([B, -B0], dim=1), 2**0.5 * alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, A0]).T, torch.cat([B, -B0], dim=1).T, 2 * alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, A0]), torch.cat([B, -B0], dim=1)),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, A0]).double(), torch.cat([B, -B0], dim=1).double().half(), 2 * alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, A0]), torch.cat([B, -B0], dim=1), str(2 * alpha)),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, A0]) * math.nan, torch.cat([B, -B0], dim=1), 2 * alpha),
+        lambda A, B, A0, B0, alpha, rank: (torch.cat([A, A0]), torch.cat([B, B0.neg_()], dim=1), 2 * alpha),
+    ],
+}
+
+
 def stub(*args):
     """What a student finds: nothing but this text."""
     ...
@@ -384,6 +751,11 @@ def test_a_stub_is_not_attempted(id, answer):
         ("completion-only-labels", lambda p, c: p + c, "the prompt is not masked"),
         ("forgetting", lambda a: [a[j][j] - a[-1][j] for j in range(len(a) - 1)], "from its best"),
         ("count-trainable", lambda m: sum(p.numel() for p in m.parameters()), "frozen numbers"),
+        ("dora-weight", lambda W, A, B, m, a, r: m[:, None] * (V := W + a / r * B @ A) / V.norm(dim=0), "down the columns"),
+        ("dora-forward", dora_layer_with(lambda V, W: V.norm(dim=1)), "section 4.3"),
+        ("ia3-block", lambda x, W, l: (rescaled(x, W, l)[0], torch.relu(l["ff"] * (x @ W["up"].T)) @ W["down"].T), "before the activation"),
+        ("ia3-merge", lambda W, b, l, ff: (W * l if ff else l[:, None] * W, b), "the bias is not rescaled"),
+        ("pissa-as-lora", lambda A, B, A0, B0, a, r: (torch.cat([A, A0]), torch.cat([B, -B0], 1), a), "alpha stayed the same"),
     ],
 )
 def test_the_likely_mistake_is_named(id, answer, words):
@@ -399,6 +771,8 @@ def test_the_likely_mistake_is_named(id, answer, words):
         (ch05_lora, "_delta", lambda A, B, s: torch.zeros(len(B), A.shape[1]).double(), "lora-merge", merge),
         (ch05_lora, "_delta", lambda A, B, s: torch.zeros(len(B), A.shape[1]).double(), "lora-forward", lora),
         (ch05_lora, "_init_reason", lambda value, given: None, "lora-init", kaiming),
+        (ch06_dora_ia3, "_rows_of_length", lambda V, m: torch.zeros_like(V), "dora-weight", dora),
+        (ch06_dora_ia3, "_attended", lambda x, W, l, root=None: x.new_zeros(*x.shape[:2], len(W["v"])), "ia3-block", rescaled),
         (ch01_full, "_moments", lambda model: 0, "adamw-state-bytes", adamw_bytes),
         (ch01_full, "_forgetting", lambda a: [0.0] * (len(a) - 1), "forgetting", forgot),
         (ch00_start, "_numbers", lambda parameters: 0, "count-trainable", trainable),
