@@ -1,10 +1,11 @@
 """Measured beside Hugging Face PEFT, in one run: `make bench`.
 
-    python tests/bench.py [--repeats 3] [--steps 8] [--only finetune,attach,import]
+    python tests/bench.py [--repeats 3] [--steps 8] [--only finetune,dora]
 
 Every figure is a ratio, ours / theirs, of medians over repeats that take turns, each repeat in a
 process of its own, so that what else the machine does falls on both alike. The results go to
-`data/results/bench.json` with date, versions and machine.
+`data/results/bench.json`, each measurement with date, versions and machine; what is not measured
+again stays there as it was.
 """
 
 import argparse
@@ -19,11 +20,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 BATCH, RANK, RATE, EVALUATED = 32, 8, 1e-3, 64
-ASKED = {
-    "fine-tune: wall-clock time": 0.6,
-    "fine-tune: peak memory": 0.6,
-    "attach LoRA to all linears of SmolLM2": None,   # asked as seconds: 0.1
-    "import, beyond import torch": None,             # asked as seconds: 0.3
+SIDES = {  # what is measured -> the sides that take turns
+    "import": ("ours", "peft"), "attach": ("ours", "peft"), "finetune": ("ours", "peft"),
+    "prompt": ("ours", "peft"), "prefix": ("ours", "peft"), "dora": ("ours", "peft", "lora"),
 }
 
 
@@ -188,6 +187,23 @@ def prefix_peft(steps, seed) -> dict:
                                            encoder_hidden_size=192), steps)
 
 
+def dora_ours(steps, seed) -> dict:
+    import minipeft as mp
+    return learned_ours(mp.DoRA(rank=RANK, alpha=2 * RANK, targets="all-linear"), steps)
+
+
+def dora_peft(steps, seed) -> dict:
+    from peft import LoraConfig
+    return learned_peft(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", use_dora=True,
+                                   task_type="CAUSAL_LM"), steps)
+
+
+def dora_lora(steps, seed) -> dict:
+    """Our LoRA of the same rank at the same places."""
+    import minipeft as mp
+    return learned_ours(mp.LoRA(rank=RANK, alpha=2 * RANK, targets="all-linear"), steps)
+
+
 def attach_ours(steps, seed) -> dict:
     import minipeft as mp
     model, _ = mp.load_base("smollm2-135m")
@@ -235,21 +251,21 @@ def measure(worker: str, steps: int, seed: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def take_turns(what: str, steps: int, repeats: int) -> tuple[list[dict], list[dict]]:
+def take_turns(what: str, steps: int, repeats: int) -> dict[str, list[dict]]:
+    """The results of each side, in an order that turns round from repeat to repeat."""
     from tqdm import tqdm
-    ours, theirs = [], []
+    results = {side: [] for side in SIDES[what]}
     for repeat in tqdm(range(repeats), desc=what, unit="turn"):
-        sides = [(ours, f"{what}_ours"), (theirs, f"{what}_peft")]
-        for kept, worker in sides if repeat % 2 == 0 else sides[::-1]:
-            kept.append(measure(worker, steps, repeat))
-    return ours, theirs
+        for side in SIDES[what] if repeat % 2 == 0 else SIDES[what][::-1]:
+            results[side].append(measure(f"{what}_{side}", steps, repeat))
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of the fine-tune")
-    parser.add_argument("--only", default="import,attach,finetune")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of the fine-tune; of the others, one more than timed")
+    parser.add_argument("--only", default=",".join(SIDES), help="what to measure, with commas between")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -257,55 +273,81 @@ def main() -> None:
         print(json.dumps(globals()[chosen.worker](chosen.steps, chosen.seed)))
         return
 
-    rows, details = [], {}
-    for what in chosen.only.split(","):
-        ours, theirs = take_turns(what, chosen.steps, chosen.repeats)
-        details[what] = {"ours": ours, "peft": theirs}
-
-        def row(name, key, asked, unit, scale=1.0, a=ours, b=theirs):
-            x, y = (statistics.median(r[key] for r in side) / scale for side in (a, b))
-            limit = asked * y if unit != "s, absolute" else asked
-            rows.append({"what": name, "ours": x, "peft": y, "ratio": x / y, "asked": asked, "unit": unit,
-                         "reached": bool(x <= limit)})
-
+    chosen.only = chosen.only.split(",")
+    for what in chosen.only:
+        if what not in SIDES:
+            parser.error(f"--only has {what!r}; accepted are {', '.join(SIDES)}")
+    if chosen.steps < 2:
+        parser.error(f"--steps is {chosen.steps}; accepted is a whole number from 2: the first step is not timed")
+    for what in chosen.only:
+        results = take_turns(what, chosen.steps, chosen.repeats)
+        rows, more = rows_of(what, results), {}
+        show(rows)
         if what == "finetune":
-            row("fine-tune: wall-clock time", "seconds", 0.6, "s")
-            row("fine-tune: peak memory of the process", "peak", 0.6, "GiB", 2**30)
-            row("fine-tune: peak memory above the loaded model", "above_loaded", 0.6, "GiB", 2**30)
-            losses = [[r["eval_loss"] for r in side] for side in (ours, theirs)]
-            gap = statistics.median(losses[0]) - statistics.median(losses[1])
-            noise = max(max(side) - min(side) for side in losses)
-            details["eval loss"] = {"ours": losses[0], "peft": losses[1], "difference of medians": gap,
-                                    "spread over seeds": noise, "within noise": abs(gap) <= max(noise, 0.01)}
-        elif what in ("prompt", "prefix"):
-            row(f"{what} tuning: a training step", "seconds", 1.0, "s")
-            row(f"{what} tuning: peak memory above the loaded model", "above_loaded", 1.0, "GiB", 2**30)
-        elif what == "attach":
-            row("attach LoRA to all linears of SmolLM2", "seconds", 0.1, "s, absolute")
-        elif what == "import":
-            row("import, beyond import torch", "seconds", 0.3, "s, absolute")
+            losses = {side: [r["eval_loss"] for r in results[side]] for side in ("ours", "peft")}
+            ours, theirs = map(statistics.median, losses.values())
+            noise = max(max(side) - min(side) for side in losses.values())
+            more = {"eval loss": losses | {"difference of medians": ours - theirs, "spread over seeds": noise,
+                                           "within noise": abs(ours - theirs) <= max(noise, 0.01)}}
+            print(f"\nfinal evaluation loss: ours {ours:.4f}, peft {theirs:.4f}, spread over seeds {noise:.4f}: "
+                  + ("within noise" if more["eval loss"]["within noise"] else "NOT within noise"))
+            print("where one of our steps spends its time (s, profiled):", results["ours"][-1]["where"])
+        write(what, rows, results | more, chosen)
 
-    print(f"\n{'':48}{'ours':>9}{'peft':>9}{'ratio':>8}   asked")
-    for r in rows:
+
+def rows_of(what: str, results: dict[str, list[dict]]) -> list[dict]:
+    """One row a figure: what, of which measurement, ours, theirs, ratio, what was asked, whether it was reached.
+
+    `asked` is the largest ratio, or where the unit says so, the most seconds of ours.
+    """
+    def row(name, key, asked, unit="s", beside="peft"):
+        scale = 2**30 if unit == "GiB" else 1.0
+        ours, theirs = (statistics.median(r[key] for r in results[side]) / scale for side in ("ours", beside))
+        reached = ours <= (asked if unit == "s, absolute" else asked * theirs)
+        return {"what": name, "of": what, "ours": ours, "beside": "our LoRA" if beside == "lora" else "peft",
+                "theirs": theirs, "ratio": ours / theirs, "asked": asked, "unit": unit, "reached": reached}
+
+    if what == "import":
+        return [row("import, beyond import torch", "seconds", 0.3, "s, absolute")]
+    if what == "attach":
+        return [row("attach LoRA to all linears of SmolLM2", "seconds", 0.1, "s, absolute")]
+    if what == "finetune":
+        return [row("fine-tune: wall-clock time", "seconds", 0.6),
+                row("fine-tune: peak memory of the process", "peak", 0.6, "GiB"),
+                row("fine-tune: peak memory above the loaded model", "above_loaded", 0.6, "GiB")]
+    name = "DoRA" if what == "dora" else f"{what} tuning"
+    limits = {"peft": 1.0, "lora": 1.25}
+    return [row(f"{name}: {figure}", key, limits[beside], unit, beside) for beside in SIDES[what][1:]
+            for figure, key, unit in (("a training step", "seconds", "s"),
+                                      ("peak memory above the loaded model", "above_loaded", "GiB"))]
+
+
+def show(rows: list[dict]) -> None:
+    """The rows as a table."""
+    print(f"\n{'':48}{'ours':>9}{rows[0]['beside']:>9}{'ratio':>8}   asked")
+    for r, before in zip(rows, [rows[0], *rows], strict=False):
+        if r["beside"] != before["beside"]:
+            print(f"{'':48}{'ours':>9}{r['beside']:>9}{'ratio':>8}   asked")
         asked = f"≤ {r['asked']} s" if r["unit"] == "s, absolute" else f"ratio ≤ {r['asked']}"
-        print(f"{r['what']:48}{r['ours']:9.3f}{r['peft']:9.3f}{r['ratio']:8.2f}   {asked}  {'reached' if r['reached'] else 'NOT reached'}")
-    if "finetune" in details:
-        e = details["eval loss"]
-        print(f"\nfinal evaluation loss: ours {statistics.median(e['ours']):.4f}, peft {statistics.median(e['peft']):.4f}, "
-              f"spread over seeds {e['spread over seeds']:.4f}: {'within noise' if e['within noise'] else 'NOT within noise'}")
-        print("where one of our steps spends its time (s, profiled):", details["finetune"]["ours"][-1]["where"])
-    write(rows, details, chosen)
+        print(f"{r['what']:48}{r['ours']:9.3f}{r['theirs']:9.3f}{r['ratio']:8.2f}   {asked}  "
+              + ("reached" if r["reached"] else "NOT reached"))
 
 
-def write(rows, details, chosen) -> None:
+def write(what: str, rows: list[dict], details: dict, chosen) -> None:
+    """Put one measurement into the results, in the place of an older one of the same; the others stay."""
     from importlib.metadata import version
 
     path = REPOSITORY / "data" / "results" / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        "command": "make bench", "date": time.strftime("%Y-%m-%d"), "repeats": chosen.repeats, "steps": chosen.steps,
-        "versions": {p: version(p) for p in ("torch", "transformers", "peft")}, "machine": machine_words(),
-        "rows": rows, "details": details}, indent=1) + "\n")
+    known = json.loads(path.read_text()) if path.is_file() else {"command": "make bench", "rows": [], "details": {}}
+    date = time.strftime("%Y-%m-%d")
+    known["rows"] = [r for r in known["rows"] if r["of"] != what] + [r | {"date": date} for r in rows]
+    known["details"][what] = {
+        "date": date, "repeats": chosen.repeats, "steps": chosen.steps, "machine": machine_words(),
+        "versions": {p: version(p) for p in ("torch", "transformers", "peft")}} | details
+    whole = path.with_suffix(".tmp")
+    whole.write_text(json.dumps(known, indent=1) + "\n")
+    os.replace(whole, path)
 
 
 def machine_words() -> str:

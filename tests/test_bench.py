@@ -1,0 +1,36 @@
+"""Statements about tests/bench.py: its rows and its file. It measures nothing here."""
+
+import argparse
+import json
+
+from . import bench
+
+
+def turns(**sides):
+    return {side: [{"seconds": s, "above_loaded": 2**30 * s} for s in seconds] for side, seconds in sides.items()}
+
+
+def test_dora_is_held_against_peft_and_against_our_lora():
+    rows = bench.rows_of("dora", turns(ours=[1.2, 9.0, 1.0], peft=[1.1, 1.1, 1.1], lora=[1.0, 1.0, 0.1]))
+    assert [(r["beside"], r["unit"], r["asked"]) for r in rows] == [
+        ("peft", "s", 1.0), ("peft", "GiB", 1.0), ("our LoRA", "s", 1.25), ("our LoRA", "GiB", 1.25)]
+    assert [r["reached"] for r in rows] == [False, False, True, True]  # medians: 1.2, 1.1 and 1.0
+    assert {round(r["ratio"], 3) for r in rows} == {round(1.2 / 1.1, 3), 1.2}
+
+
+def test_measuring_again_replaces_the_rows_of_that_and_keeps_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "REPOSITORY", tmp_path)
+    chosen = argparse.Namespace(repeats=1, steps=2)
+    for date, what, ours in [("day 1", "prompt", 3.0), ("day 1", "attach", 0.05), ("day 2", "prompt", 2.0)]:
+        monkeypatch.setattr(bench.time, "strftime", lambda _, date=date: date)
+        results = turns(ours=[ours], peft=[1.0])
+        bench.write(what, bench.rows_of(what, results), results, chosen)
+    kept = json.loads((tmp_path / "data" / "results" / "bench.json").read_text())
+    assert [(r["of"], r["date"], r["ours"]) for r in kept["rows"]] == [
+        ("attach", "day 1", 0.05), ("prompt", "day 2", 2.0), ("prompt", "day 2", 2.0)]
+    assert {what: found["date"] for what, found in kept["details"].items()} == {"prompt": "day 2", "attach": "day 1"}
+
+
+def test_every_measurement_has_a_worker_for_each_side():
+    for what, sides in bench.SIDES.items():
+        assert sides[0] == "ours" and all(callable(getattr(bench, f"{what}_{side}")) for side in sides)
