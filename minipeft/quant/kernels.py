@@ -64,7 +64,8 @@ def cuda_home() -> Path | None:
 def library() -> Path:
     """Where the built file is kept. Its folder is named by everything that it depends on."""
     what = hashlib.sha256(repr((torch.__version__, platform.machine(), sys.platform, CFLAGS, str(cuda_home()))).encode())
-    for path in sorted(source_folder().glob("*/*.*")) + [source_folder() / "operators.h"]:
+    folders = ["cpu", "cuda"] if cuda_home() else ["cpu"]
+    for path in [p for f in folders for p in sorted((source_folder() / f).glob("*.*"))] + [source_folder() / "operators.h"]:
         if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
             what.update(path.name.encode() + path.read_bytes())
     return cache_folder() / "kernels" / what.hexdigest()[:16] / "minipeft_kernels.so"
