@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minipeft.checks import exercises, frame
-from minipeft.checks import ch00_start, ch01_full, ch05_lora, ch06_dora_ia3
+from minipeft.checks import ch00_start, ch01_full, ch02_soft_prompts, ch05_lora, ch06_dora_ia3
 from minipeft.checks.frame import Case, Draw, Exercise
 
 
@@ -703,6 +703,158 @@ WRONG |= {
 }
 
 
+# ---------------------------------------------------------------------------- chapter 2, soft prompts
+
+
+def lengthen(mask, labels, length):
+    front = (len(mask), length)
+    return torch.cat([mask.new_ones(front), mask], 1), torch.cat([labels.new_full(front, -100), labels], 1)
+
+
+def from_text(table, ids, length):
+    return table[(ids * length)[:length]]
+
+
+def window(table, ids, length):  # right where the ids are neighbours, but it is the table's own memory
+    fits = len(ids) == length and ids == list(range(ids[0], ids[0] + length))
+    return table[ids[0] : ids[0] + length] if fits else from_text(table, ids, length)
+
+
+def prompt_loss(model, P, ids, targets, first=None, reduction="mean"):
+    e = torch.cat([P.expand(len(ids), -1, -1), model.embed(ids)], 1)
+    first = P.shape[-2] if first is None else first
+    logits = model(e)[:, first : first + ids.shape[1]]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+def prompt_step(model, P, ids, targets, lr, sign=-1, **how):
+    P = P.clone().requires_grad_()
+    prompt_loss(model, P, ids, targets, **how).backward()
+    return (P + sign * lr * P.grad).detach()
+
+
+def prompt_step_in_place(model, P, ids, targets, lr):
+    P.copy_(prompt_step(model, P, ids, targets, lr))
+    return P
+
+
+def step_of_the_table_too(model, P, ids, targets, lr):
+    stepped = prompt_step(model, P, ids, targets, lr)
+    with torch.no_grad():
+        model.embed.weight.mul_(1.001)
+    return stepped
+
+
+def adam_step(model, P, ids, targets, lr):
+    P = nn.Parameter(P.clone())
+    optimizer = torch.optim.Adam([P], lr=lr)
+    prompt_loss(model, P, ids, targets).backward()
+    optimizer.step()
+    return P.detach()
+
+
+def first_rows_step(model, P, ids, targets, lr):
+    return prompt_step(model, P, ids[:1], targets[:1], lr)
+
+
+def encoder(E, W1, b1, W2, b2, W3, b3):
+    return ((E @ W1.T + b1).relu() @ W2.T + b2).relu() @ W3.T + b3
+
+
+def nearest(P, table):
+    unit = nn.functional.normalize
+    return (unit(P, dim=1) @ unit(table, dim=1).T).argmax(1).tolist()
+
+
+def log_probs(logits, question_ids, answer_ids, first=None):
+    n = len(answer_ids)
+    first = len(logits) - n - 1 if first is None else first
+    return logits[first : first + n].log_softmax(-1)[torch.arange(n), torch.tensor(answer_ids)]
+
+
+RIGHT |= {
+    "lengthen": [lengthen, lambda m, y, n: (nn.functional.pad(m, (n, 0), value=1), nn.functional.pad(y, (n, 0), value=-100))],
+    "prompt-from-text": [from_text, lambda t, ids, n: torch.stack([t[ids[i % len(ids)]] for i in range(n)]).clone()],
+    "prompt-step": [prompt_step],
+    "p-tuning-mlp": [encoder],
+    "nearest-words": [nearest, lambda P, t: nn.functional.cosine_similarity(P[:, None], t[None], dim=2).argmax(1).tolist()],
+    "answer-log-probs": [log_probs],
+}
+WRONG |= {
+    "lengthen": [
+        lambda m, y, n: (m, y),
+        lambda m, y, n: (lengthen(m, y, n)[0], y),
+        lambda m, y, n: (m, lengthen(m, y, n)[1]),
+        lambda m, y, n: (nn.functional.pad(m, (n, 0)), lengthen(m, y, n)[1]),
+        lambda m, y, n: (lengthen(m, y, n)[0], nn.functional.pad(y, (n, 0))),
+        lambda m, y, n: (nn.functional.pad(m, (0, n), value=1), nn.functional.pad(y, (0, n), value=-100)),
+        lambda m, y, n: (torch.ones_like(lengthen(m, y, n)[0]), lengthen(m, y, n)[1]),
+        lambda m, y, n: lengthen(m, y, 1),
+        lambda m, y, n: lengthen(m, y, n)[::-1],
+        lambda m, y, n: tuple(t.float() for t in lengthen(m, y, n)),
+        lambda m, y, n: tuple(t.tolist() for t in lengthen(m, y, n)),
+        lambda m, y, n: lengthen(m, y, n)[0],
+        lambda m, y, n: lengthen(m, y.fill_(-100), n),
+    ],
+    "prompt-from-text": [
+        window,
+        lambda t, ids, n: t[:n],
+        lambda t, ids, n: t[ids][:n],
+        lambda t, ids, n: nn.functional.pad(t[ids][:n], (0, 0, 0, max(0, n - len(ids)))),
+        lambda t, ids, n: t[(ids + [ids[-1]] * n)[:n]],
+        lambda t, ids, n: t[(ids * n)[-n:]],
+        lambda t, ids, n: t[sorted((ids * n)[:n], key=ids.index)],
+        lambda t, ids, n: from_text(t, ids, n).mT,
+        lambda t, ids, n: from_text(t, ids, n).mean(0).expand(n, -1),
+        lambda t, ids, n: from_text(t, ids, n) + 0.01 * torch.randn(n, t.shape[1], dtype=t.dtype),
+        lambda t, ids, n: torch.randn(n, t.shape[1], dtype=t.dtype),
+    ],
+    "prompt-step": [
+        lambda model, P, ids, targets, lr: P,
+        lambda *a: prompt_step(*a, sign=1),
+        lambda *a: prompt_step(*a, reduction="sum"),
+        lambda *a: prompt_step(*a, first=0),
+        lambda *a: prompt_step(*a, first=a[1].shape[0] - 1),
+        lambda model, P, ids, targets, lr: prompt_step(model, P, ids, targets, 1.0),
+        lambda model, P, ids, targets, lr: prompt_step(model, torch.zeros_like(P), ids, targets, lr),
+        lambda model, P, ids, targets, lr: prompt_step(model.requires_grad_(True), P, ids, targets, lr),
+        prompt_step_in_place, step_of_the_table_too, adam_step, first_rows_step,
+    ],
+    "p-tuning-mlp": [
+        lambda E, W1, b1, W2, b2, W3, b3: ((E @ W1.T + b1) @ W2.T + b2) @ W3.T + b3,
+        lambda E, W1, b1, W2, b2, W3, b3: ((E @ W1.T + b1).relu() @ W2.T + b2) @ W3.T + b3,
+        lambda E, W1, b1, W2, b2, W3, b3: ((E @ W1.T + b1).tanh() @ W2.T + b2).tanh() @ W3.T + b3,
+        lambda E, W1, b1, W2, b2, W3, b3: ((E @ W1.T).relu() @ W2.T).relu() @ W3.T,
+        lambda E, W1, b1, W2, b2, W3, b3: ((E @ W1 + b1).relu() @ W2 + b2).relu() @ W3 + b3,
+        lambda *a: encoder(*a).relu(),
+        lambda *a: a[0] + encoder(*a),
+        lambda *a: encoder(*a)[:1].expand(len(a[0]), -1),
+        lambda *a: a[0],
+    ],
+    "nearest-words": [
+        lambda P, t: (P @ t.T).argmax(1).tolist(),
+        lambda P, t: torch.cdist(P, t).argmin(1).tolist(),
+        lambda P, t: nearest(-P, t),
+        lambda P, t: nearest(P, t)[:1],
+        lambda P, t: nearest(t, P),
+        lambda P, t: torch.tensor(nearest(P, t)),
+        lambda P, t: [float(i) for i in nearest(P, t)],
+        lambda P, t: [0] * len(P),
+    ],
+    "answer-log-probs": [
+        lambda z, q, a: log_probs(z, q, a, first=len(q) - 1),
+        lambda z, q, a: log_probs(z, q, a, first=len(z) - len(a)),
+        lambda z, q, a: log_probs(z, q, a).exp(),
+        lambda z, q, a: z[-len(a) - 1 : -1][torch.arange(len(a)), torch.tensor(a)],
+        lambda z, q, a: log_probs(z.mT, a, a) if z.shape[0] == z.shape[1] else log_probs(z, q, a, first=0),
+        lambda z, q, a: log_probs(z, q, a).mean(),
+        lambda z, q, a: log_probs(z, q, a).sum().item(),
+        lambda z, q, a: z[-len(a) - 1 : -1].log_softmax(-1).amax(1),
+        lambda z, q, a: z[-len(a) - 1 : -1].log_softmax(0)[torch.arange(len(a)), torch.tensor(a)],
+    ],
+}
+
+
 def stub(*args):
     """What a student finds: nothing but this text."""
     ...
@@ -756,6 +908,10 @@ def test_a_stub_is_not_attempted(id, answer):
         ("ia3-block", lambda x, W, l: (rescaled(x, W, l)[0], torch.relu(l["ff"] * (x @ W["up"].T)) @ W["down"].T), "before the activation"),
         ("ia3-merge", lambda W, b, l, ff: (W * l if ff else l[:, None] * W, b), "the bias is not rescaled"),
         ("pissa-as-lora", lambda A, B, A0, B0, a, r: (torch.cat([A, A0]), torch.cat([B, -B0], 1), a), "alpha stayed the same"),
+        ("lengthen", lambda m, y, n: (nn.functional.pad(m, (n, 0)), lengthen(m, y, n)[1]), "the prompt is masked out"),
+        ("prompt-step", lambda *a: prompt_step(*a, first=0), "the first places"),
+        ("nearest-words", lambda P, t: (P @ t.T).argmax(1).tolist(), "the largest dot product"),
+        ("answer-log-probs", lambda z, q, a: log_probs(z, q, a, first=len(q) - 1), "without the soft prompt"),
     ],
 )
 def test_the_likely_mistake_is_named(id, answer, words):
@@ -776,6 +932,8 @@ def test_the_likely_mistake_is_named(id, answer, words):
         (ch01_full, "_moments", lambda model: 0, "adamw-state-bytes", adamw_bytes),
         (ch01_full, "_forgetting", lambda a: [0.0] * (len(a) - 1), "forgetting", forgot),
         (ch00_start, "_numbers", lambda parameters: 0, "count-trainable", trainable),
+        (ch02_soft_prompts, "_longer", lambda mask, labels, length: (mask, labels), "lengthen", lengthen),
+        (ch02_soft_prompts, "_encoded", lambda E, W, b: E, "p-tuning-mlp", encoder),
     ],
 )
 def test_the_vacuity_guard_reports_a_check_whose_oracle_shows_nothing(monkeypatch, module, oracle, lie, id, right):

@@ -25,7 +25,7 @@
 # **The papers:** Lester et al. 2021, *The Power of Scale for Parameter-Efficient Prompt Tuning*, [arXiv:2104.08691](https://arxiv.org/abs/2104.08691): you build its section 2 and repeat the questions of its section 3.2. Liu et al. 2021, *GPT Understands, Too*, [arXiv:2103.10385](https://arxiv.org/abs/2103.10385): P-tuning, section 2.
 
 # %% tags=["setup"]
-import hashlib, inspect, math, subprocess, sys, tempfile, time, warnings
+import hashlib, inspect, math, random, subprocess, sys, tempfile, time
 if "google.colab" in sys.modules:  # --no-deps: reinstalling torch or numpy under a live kernel breaks it
     wanted = ["git+https://github.com/{{repository}}", "gguf"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *wanted], check=True)
@@ -215,8 +215,15 @@ assert torch.allclose(y(p, a, b), torch.tensor(2.0), atol=1e-5)
 # Look the written prompt up in the table, put the vectors in front of the text's, and hand the model *vectors* instead of token ids. It answers the same. So nothing in the model knows whether a vector came from the table.
 
 # %%
-TEXT = written["the format"]
-device = model.device
+def fingerprint(model) -> str:
+    """SHA-256 over the bytes of every parameter of the base."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("minipeft."):                   # what the package plugs in stands below that name
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+at_first, device, TEXT = fingerprint(model), model.device, written["the format"]
 hard_ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(device)            # (1, m)
 text_ids = tokenizer(exam["new"][0]["prompt"], return_tensors="pt")["input_ids"].to(device)   # (1, T)
 m, T = hard_ids.shape[1], text_ids.shape[1]
@@ -237,6 +244,13 @@ print(f"ids or vectors: the logits differ by {start_differs:.1g}; with and witho
 # ### Exercise 1: make room · 5 minutes · easy
 #
 # The sequence is $m$ places longer now, so what goes with it must be longer, too: the attention mask (1 where a place may be read) and the labels ($-100$ where no token is asked for). Padding in the text stays padding.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# `mask.new_ones(rows, columns)` makes ones of the mask's dtype and device; `labels.new_full(shape, value)` anything else. `torch.cat([…], dim=1)` joins along the tokens.
+#
+# </details>
 
 # %%
 def lengthen(mask: torch.Tensor, labels: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,17 +263,16 @@ def lengthen(mask: torch.Tensor, labels: torch.Tensor, length: int) -> tuple[tor
 check.lengthen(lengthen)
 
 # %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# `mask.new_ones(rows, columns)` makes ones of the mask's dtype and device; `labels.new_full(shape, value)` anything else. `torch.cat([…], dim=1)` joins along the tokens.
-#
-# </details>
-
-# %% [markdown]
 # ### Exercise 2: start from a text · 10 minutes · medium
 #
 # You get the table, the ids of a text and the wanted length. Return the vectors to start from. A text that is too short is repeated from its beginning, one that is too long is cut at its end: PEFT does so. And mind whose memory it is: $P$ will be trained, the table must not move.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# `[1, 2] * 3` is `[1, 2, 1, 2, 1, 2]`. Indexing with a list copies; a slice such as `table[3:7]` is a window on the same memory.
+#
+# </details>
 
 # %%
 def prompt_from_text(table: torch.Tensor, ids: list[int], length: int) -> torch.Tensor:
@@ -272,28 +285,11 @@ def prompt_from_text(table: torch.Tensor, ids: list[int], length: int) -> torch.
 check.prompt_from_text(prompt_from_text)
 
 # %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# `[1, 2] * 3` is `[1, 2, 1, 2, 1, 2]`. Indexing with a list copies; a slice such as `table[3:7]` is a window on the same memory.
-#
-# </details>
-
-# %% [markdown]
 # ### Step 2: only P trains
 #
 # Freeze the model, make $P$ a parameter, and take steps on one question. The loss falls. Afterwards no weight of the model has a gradient, and its bytes are what they were. The optimizer holds $2 \times m \times d$ numbers, not two for each weight.
 
 # %%
-def fingerprint(model) -> str:
-    """SHA-256 over the bytes of every parameter of the base."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not name.startswith("minipeft."):                   # what the package plugs in stands below that name
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-at_first = fingerprint(model)
 model.requires_grad_(False)
 answer_ids = tokenizer(exam["new"][0]["completion"], return_tensors="pt")["input_ids"].to(device)
 e = table(torch.cat([text_ids, answer_ids], dim=1))                                # (1, T + A, d)
@@ -307,9 +303,7 @@ for step in range(mp.pick(smoke=2, cpu=5, gpu=5)):
     optimizer.step()
     print(f"step {step + 1}: loss {loss.item():.3f}, gradient of P {P.grad.norm():.3g}")
 
-# %%
-assert all(p.grad is None for p in model.parameters())
-assert fingerprint(model) == at_first
+assert all(p.grad is None for p in model.parameters()) and fingerprint(model) == at_first
 held = sum(s[k].numel() for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
 assert held == 2 * m * d
 print(f"trained: {P.numel():,} of {sum(p.numel() for p in model.parameters()):,} numbers; Adam holds {held:,}; frozen bytes as before")
@@ -318,6 +312,13 @@ print(f"trained: {P.numel():,} of {sum(p.numel() for p in model.parameters()):,}
 # ### Exercise 3: one step, precisely · 20 minutes · hard
 #
 # The question of this chapter as code: *what is trained, what is frozen?* You get a small frozen model, a prompt, texts and the token wanted at each place of the text. Return the prompt after **one step of plain gradient descent**. `model.embed(ids)` gives embeddings, `model(e)` gives logits for embeddings; its attention is causal. Nothing in the model may move, and the `P` that you got stays as it was.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# 1. `P.clone().requires_grad_()` is a copy that collects a gradient. 2. `P.expand(B, -1, -1)` repeats it for each text. 3. Of the logits, keep the last $T$ places. 4. `F.cross_entropy` wants (places, vocabulary) and (places,).
+#
+# </details>
 
 # %%
 def prompt_step(model: nn.Module, P: torch.Tensor, ids: torch.Tensor, targets: torch.Tensor, lr: float) -> torch.Tensor:
@@ -334,14 +335,6 @@ def prompt_step(model: nn.Module, P: torch.Tensor, ids: torch.Tensor, targets: t
 check.prompt_step(prompt_step)
 
 # %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# 1. `P.clone().requires_grad_()` is a copy that collects a gradient. 2. `P.expand(B, -1, -1)` repeats it for each text. 3. Of the logits, keep the last $T$ places. 4. `F.cross_entropy` wants (places, vocabulary) and (places,).
-#
-# </details>
-
-# %% [markdown]
 # ### Step 3: P-tuning's network
 #
 # Liu et al. found trained prompt vectors hard to optimise: they start scattered, and each moves on its own. Their remedy: train *inputs* $E$ and let a small network make the vectors, $P = f(E)$. Then all places move together. When training is over, keep $f(E)$ and throw $f$ away.
@@ -349,6 +342,13 @@ check.prompt_step(prompt_step)
 # ### Exercise 4: the network · 5 minutes · easy
 #
 # PEFT's form of it: three linear layers with a relu after the first and the second.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# The places are rows, so a layer is `x @ W.T + b`. There is no relu after the last layer: vectors of words have negative entries, too.
+#
+# </details>
 
 # %%
 def p_tuning_mlp(E, W1, b1, W2, b2, W3, b3) -> torch.Tensor:
@@ -362,39 +362,15 @@ def p_tuning_mlp(E, W1, b1, W2, b2, W3, b3) -> torch.Tensor:
 check.p_tuning_mlp(p_tuning_mlp)
 
 # %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# The places are rows, so a layer is `x @ W.T + b`. There is no relu after the last layer: vectors of words have negative entries, too.
-#
-# </details>
-
-# %% [markdown]
-# Count before you train. The network is not small:
-
-# %%
-LENGTH = 20
-soft = mp.PromptTuning(LENGTH)
-counts = [{"method": "prompt tuning", "formula": "m d", "trained": soft.parameter_count(d), "kept afterwards": soft.parameter_count(d)}]
-for encoder, formula in (("mlp", "m d + h (d + h + d) + 2h + d"), ("lstm", "m d + 8h (d + 4h + 4) + 2h (2h + d) + 2h + d")):
-    method = mp.PTuning(LENGTH, encoder=encoder)
-    piece = next(piece for _, _, piece in method.pieces(model))
-    assert sum(p.numel() for p in piece.parameters()) == method.parameter_count(d)
-    counts.append({"method": f"P-tuning, {encoder}", "formula": formula, "trained": method.parameter_count(d),
-                   "kept afterwards": soft.parameter_count(d)})
-lab.table(counts)
-
-# %% [markdown]
 # ## The same as the package
 #
 # `minipeft` does what you did by hand, and makes room in mask, positions and labels by itself. Here is the whole piece. Then the comparison with Hugging Face PEFT: the same random $P$, the same question.
 
 # %%
-from minipeft.methods.prompt_tuning import Prompt
-print(inspect.getsource(Prompt))
+print(inspect.getsource(mp.methods.prompt_tuning.Prompt))
 
-adapter = mp.attach(model, mp.PromptTuning(LENGTH))
-(piece,) = adapter.pieces().values()
+LENGTH = 20
+(piece,) = mp.attach(model, mp.PromptTuning(LENGTH)).pieces().values()
 with torch.no_grad():
     by_package = model(text_ids).logits                                            # (1, length + T, V)
     rows = torch.cat([piece.P[None], table(text_ids)], dim=1)                      # (1, length + T, d)
@@ -402,20 +378,14 @@ with torch.no_grad():
         mine = model(inputs_embeds=rows).logits
 assert torch.allclose(by_package, mine, atol=1e-4 * mine.abs().max().item())
 print("yours = minipeft's; logits", tuple(by_package.shape), "for", T, "tokens of text and", LENGTH, "of prompt")
-
-# %%
 peft_error = None
-warnings.filterwarnings("ignore", category=FutureWarning)      # peft still uses old names of transformers
 try:
     import peft
-    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH)
-    theirs = peft.get_peft_model(mp.load_base(BASE)[0], settings).eval()
+    theirs = peft.get_peft_model(mp.load_base(BASE)[0], peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
     with torch.no_grad():
-        theirs.prompt_encoder["default"].embedding.weight.copy_(piece.P)
+        theirs.eval().prompt_encoder["default"].embedding.weight.copy_(piece.P)
         peft_error = ((theirs(text_ids).logits - by_package).abs().max() / by_package.abs().max()).item()
-    assert peft_error < 1e-4
-    print(f"peft {peft.__version__}: the logits differ by {peft_error:.1g} of the largest")
-    del theirs
+    print(f"yours = peft's (version {peft.__version__}): the logits differ by {peft_error:.1g} of the largest")
 except ImportError:
     print("peft is not installed here, so this comparison is skipped (pip install peft)")
 
@@ -423,24 +393,27 @@ except ImportError:
 # ## Nothing changed yet?
 #
 # A LoRA starts as the identity: untrained, it changes nothing. A soft prompt does not. It stands there from the first step, and the model reads it. So the **start** matters: random vectors are noise in front of the text, a text is what the text is. The model's own bytes are untouched in each case.
+#
+# And count. A prompt trains $m\,d$ numbers. P-tuning trains its network on top, $h(d + h + d) + 2h + d$ for the mlp, and with $h = d$, as in PEFT, that is much more than the prompt.
 
 # %%
 mp.detach(model)
 assert fingerprint(model) == at_first
-starts = {"random": mp.PromptTuning(m), "vocab": mp.PromptTuning(m, init="vocab"),
-          "text": mp.PromptTuning(m, init="text", text=TEXT)}
-loss_at_start = {"no prompt": mp.evaluate(model, tokenizer, asked)["loss"]}
-for init, method in starts.items():
+starts = {"random": mp.PromptTuning(m), "vocab": mp.PromptTuning(m, init="vocab"), "text": mp.PromptTuning(m, init="text", text=TEXT),
+          "P-tuning, mlp": mp.PTuning(m), "P-tuning, lstm": mp.PTuning(m, "lstm")}
+at_start = [{"start": "no prompt", "trained": 0, "loss before training": mp.evaluate(model, tokenizer, asked)["loss"]}]
+for name, method in starts.items():
     torch.manual_seed(0)
-    adapter = mp.attach(model, method)
-    loss_at_start[init] = mp.evaluate(model, tokenizer, asked)["loss"]
-    report = mp.parameter_report(model)
-    assert report.trainable == method.parameter_count(d) == m * d
+    mp.attach(model, method)
+    trained = mp.parameter_report(model).trainable
+    assert trained == method.parameter_count(d)                # the formula
+    at_start.append({"start": name, "trained": trained, "loss before training": mp.evaluate(model, tokenizer, asked)["loss"]})
     with torch.no_grad():
-        at_start = model(text_ids).logits[:, m:]
+        if name == "text":                                     # exactly the written prompt
+            assert (model(text_ids).logits[:, m:] - by_ids).abs().max() <= 1e-4 * by_ids.abs().max()
     mp.detach(model)
-assert (at_start - by_ids).abs().max() <= 1e-4 * by_ids.abs().max()                # text: the written prompt exactly
-lab.table([{"start": init, "loss before training": loss} for init, loss in loss_at_start.items()])
+assert fingerprint(model) == at_first
+lab.table(at_start)
 
 # %% [markdown]
 # ## The fine-tune
@@ -515,16 +488,11 @@ ax.set_xticks(range(len(wanted)), list(wanted))
 ax.set(ylabel="% of the answers", ylim=(0, 122))
 ax.legend(ncols=5, fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 display(figure)
-lab.table(table_rows)
-
-# %%
+display(lab.table(table_rows))
 p, q = scores["soft prompt"], scores["LoRA, equal size"]
-behaviour = 50 * (p["format, new"] + p["name, new"])
-print(f"soft prompt: {behaviour:.0f} % of the behaviour on medicines it never saw, "
-      f"{100 * p['facts, taught']:.0f} % of single facts and {100 * p['all_facts, taught']:.0f} % of whole cards of those it was taught")
-print(f"LoRA with the same {q['trained']:,} numbers: {100 * q['facts, taught']:.0f} % of single facts, {100 * q['all_facts, taught']:.0f} % of whole cards")
-gap = 100 * (p["format, new"] - p["all_facts, taught"])
-print(f"from format to whole cards the prompt loses {gap:.0f} points.")
+print(f"soft prompt, on medicines it never saw: format right in {p['format, new']:.0%}, name copied in {p['name, new']:.0%} of the answers")
+print(f"soft prompt, on medicines it was taught: {p['facts, taught']:.0%} of the facts right, {p['all_facts, taught']:.0%} of the cards without a fault")
+print(f"LoRA with the same {q['trained']:,} numbers, there: {q['facts, taught']:.0%} of the facts, {q['all_facts, taught']:.0%} of the cards")
 if mp.profile().name == "smoke":
     print("The smoke profile takes a few steps: it shows that every cell runs, not what is learned.")
 said = answers(students["soft prompt"], exam["taught"][:5])
@@ -571,11 +539,9 @@ lab.table([{"medicines taught": n, "facts taught": 4 * n} | {f"{way}, % right": 
 # Now a task that asks for no facts: is a film review positive or negative? MiniLM is an encoder with six layers. As in chapter 1 it gets a new last layer, which every method trains. *Last layer only* is therefore the baseline here: what comes on top is the method's.
 
 # %%
-import random
-WORDS = 12                                                     # the longest text taken
 
 def short(split: str, most: int) -> list[dict]:
-    rows = [e for e in mp.load_data("sentiment/movies", split) if len(e["text"].split()) <= WORDS]
+    rows = [e for e in mp.load_data("sentiment/movies", split) if len(e["text"].split()) <= 12]
     return random.Random(0).sample(rows, min(most, len(rows)))
 
 films, held_out = short("train", mp.pick(smoke=48, cpu=1000, gpu=2000)), short("test", mp.pick(smoke=16, cpu=200, gpu=500))
@@ -590,13 +556,9 @@ def classify(method, lr: float, seed: int = 0, steps: int = mp.pick(smoke=1, cpu
         mini.base_model.requires_grad_(False)
     elif method != "full":
         mp.attach(mini, method)
-    found = {"trained": mp.parameter_report(mini).trainable, "rate": lr}
     plan = mp.FitConfig(steps=steps, batch_size=mp.pick(smoke=4, cpu=16, gpu=32), lr=lr, seed=seed, progress=False)
-    try:
-        run = mp.fit(mini, mini_tokenizer, films, plan)
-    except ArithmeticError:                                    # the loss was not finite any more
-        return found | {"accuracy": majority, "loss": None, "seconds": None}
-    return found | mp.evaluate(mini, mini_tokenizer, held_out) | {"seconds": run.seconds}
+    run = mp.fit(mini, mini_tokenizer, films, plan)
+    return {"trained": mp.parameter_report(mini).trainable, "rate": lr, "seconds": run.seconds} | mp.evaluate(mini, mini_tokenizer, held_out)
 
 # %%
 SHORT, MINI_RATE = 10, 0.1                                     # soft tokens, and their rate
@@ -606,23 +568,19 @@ mini_ways = {"last layer only": ("head", 1e-2), "soft prompt": (mp.PromptTuning(
 sentiment = {way: classify(method, lr) for way, (method, lr) in mini_ways.items()}
 error = math.sqrt(majority * (1 - majority) / len(held_out))
 print(f"always the commoner label: {majority:.1%}; with {len(held_out)} test texts an accuracy is known to about ± {100 * error:.1f} points")
+mini, mini_tokenizer = mp.load_base("minilm-l6", num_labels=2)
+mp.attach(mini, mini_ways["P-tuning, lstm"][0])
+review = mini_tokenizer(held_out[0]["text"], return_tensors="pt").to(mini.device)
+with torch.no_grad():
+    with_network, count = mini(**review).logits, mp.parameter_report(mini).trainable
+    mp.fold(mini)
+    assert torch.allclose(mini(**review).logits, with_network, atol=1e-5)
+print(f"P-tuning folded: the same logits, {count:,} numbers before, {mp.parameter_report(mini).trainable:,} after")
 lab.table([{"way": way} | {k: row.get(k) for k in ("trained", "rate", "accuracy", "loss", "seconds")} for way, row in sentiment.items()])
 
 # %% [markdown]
-# Compare the prompt with the row above it, and then with the last two. Keep the error of the test in mind. Compare P-tuning's *trained* with the prompt's: the network is most of it, and it is thrown away afterwards. That is exact: `mp.fold` replaces network and inputs by the vectors that they make.
-
-# %%
-torch.manual_seed(0)
-mini, mini_tokenizer = mp.load_base("minilm-l6", num_labels=2)
-mp.attach(mini, mp.PTuning(SHORT, "lstm", hidden=192))
-review = mini_tokenizer(held_out[0]["text"], return_tensors="pt").to(mini.device)
-with torch.no_grad():
-    before_folding, before_count = mini(**review).logits, mp.parameter_report(mini).trainable
-    mp.fold(mini)
-    assert torch.allclose(mini(**review).logits, before_folding, atol=1e-5)
-print(f"folded: the same logits, {before_count:,} numbers before, {mp.parameter_report(mini).trainable:,} after")
-
-# %% [markdown]
+# Compare the prompt with the row above it, and then with the last two. Keep the error of the test in mind. Compare P-tuning's *trained* with the prompt's: the network is most of it, and it is thrown away afterwards. That is exact, as the cell showed: `mp.fold` replaces network and inputs by the vectors that they make.
+#
 # ## Where to start, and the luck of the draw
 #
 # Three starts, five seeds each. A seed decides the random vectors, or which words are drawn, and also the new last layer and the order of the texts. With the text as the start, only the last two are left to chance.
@@ -697,7 +655,14 @@ lab.table(by_length)
 #
 # ### Exercise 5: the nearest word · 10 minutes · medium
 #
-# For each vector of $P$, the row of the table with the largest cosine.
+# For each vector of $P$, the row of the table with the largest cosine. The cell after it uses that on the trained prompt, and asks: can you read it? Each vector is replaced by its nearest word. If the words *were* the prompt, nothing would change.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# $\cos(p, w) = p \cdot w \,/\, (|p|\,|w|)$. `F.normalize(x, dim=1)` brings every row to length 1; then a product of matrices gives all cosines at once.
+#
+# </details>
 
 # %%
 def nearest_words(P: torch.Tensor, table: torch.Tensor) -> list[int]:
@@ -709,45 +674,24 @@ def nearest_words(P: torch.Tensor, table: torch.Tensor) -> list[int]:
 
 check.nearest_words(nearest_words)
 
-# %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# $\cos(p, w) = p \cdot w \,/\, (|p|\,|w|)$. `F.normalize(x, dim=1)` brings every row to length 1; then a product of matrices gives all cosines at once.
-#
-# </details>
-
 # %%
-(piece,) = (p for p in mp.adapters(students["soft prompt"])["default"].pieces().values())
-with torch.no_grad():
-    words = F.normalize(model.get_input_embeddings().weight.float(), dim=1)        # (V, d)
-    P = piece.P.detach().float()
-    begin = model.get_input_embeddings()(torch.tensor(start_ids, device=P.device)).float()
-    near, which = (F.normalize(P, dim=1) @ words.T).max(dim=1)                     # (m,)
-    kept = F.cosine_similarity(P, begin)
-    longer = P.norm(dim=1) / begin.norm(dim=1)
-    typical = (words[torch.arange(0, len(words), 97)] @ words.T).topk(2, dim=1).values[:, 1].mean().item()
-said_now = [tokenizer.decode([i]) for i in which.tolist()]
-still = sum(a == b for a, b in zip(which.tolist(), start_ids)) / LENGTH
-print(f"{still:.0%} of the vectors are still nearest to the word they started from; mean cosine to it {kept.mean():.2f}, length {longer.mean():.1f} times")
-print(f"cosine to the nearest word: {near.mean():.2f} on average; a real word's to its nearest neighbour: {typical:.2f}")
-lab.table([{"place": i + 1, "started as": repr(tokenizer.decode([start_ids[i]])), "cosine to it now": kept[i].item(),
-            "nearest word now": repr(said_now[i]), "cosine to that": near[i].item(), "length, times": longer[i].item()}
-           for i in range(0, LENGTH, 2)])
+learner, (piece,) = students["soft prompt"], mp.adapters(students["soft prompt"])["default"].pieces().values()
+def loss_with(vectors) -> float:
+    """The loss on the test with these vectors as the prompt."""
+    with torch.no_grad():
+        piece.P.copy_(vectors)
+    return mp.evaluate(learner, tokenizer, asked)["loss"]
 
-# %% [markdown]
-# So can you read the prompt? Put it to the test: replace each vector by its nearest word and ask again. If the words *were* the prompt, nothing would change.
-
-# %%
-with torch.no_grad():
-    learned = piece.P.clone()
-    losses = {"as learned": mp.evaluate(students["soft prompt"], tokenizer, asked)["loss"]}
-    piece.P.copy_(model.get_input_embeddings()(which))
-    losses["each vector replaced by its nearest word"] = mp.evaluate(students["soft prompt"], tokenizer, asked)["loss"]
-    piece.P.copy_(begin)
-    losses["back at the words it started from"] = mp.evaluate(students["soft prompt"], tokenizer, asked)["loss"]
-    piece.P.copy_(learned)
-print("the nearest words:", " ".join(said_now).replace("\n", "⏎"))
+learned, begin = piece.P.detach().clone(), table(torch.tensor(start_ids, device=device)).detach()
+directions = F.normalize(table.weight.detach().float(), dim=1)                     # (V, d)
+near, which = (F.normalize(learned.float(), dim=1) @ directions.T).max(dim=1)      # (m,)
+kept, longer = F.cosine_similarity(learned, begin), learned.norm(dim=1) / begin.norm(dim=1)
+neighbours = (directions[::97] @ directions.T).topk(2, dim=1).values[:, 1].mean()  # the first is the word itself
+still = sum(now == then for now, then in zip(which.tolist(), start_ids)) / LENGTH
+losses = {"the words it started from": loss_with(begin), "nearest words": loss_with(table(which).detach()), "as learned": loss_with(learned)}
+print(f"{still:.0%} of the vectors are still nearest to their first word; cosine to it {kept.mean():.2f}, length {longer.mean():.1f} times")
+print(f"cosine to the nearest word {near.mean():.2f}; of a real word to its nearest neighbour {neighbours:.2f}")
+print("the nearest words:", " ".join(tokenizer.decode([i]) for i in which).replace("\n", "⏎"))
 lab.table([{"prompt": name, "loss on the test": loss} for name, loss in losses.items()])
 
 # %% [markdown]
@@ -792,39 +736,28 @@ lab.table(loud)
 # %% [markdown]
 # Shouting does not help: past some loudness only the *direction* of the vectors counts, and attention shares out a total of 1. The prompt must find directions that the frozen layers **already react to**. A large model has learned from far more text to change its task on a hint; a small one has few such levers. That is the finding of the paper's title: the gap to full fine-tuning closes only at billions of parameters.
 #
-# Here is the gap on the models at hand: how much of what a LoRA gains does a soft prompt gain, with the same data and steps? On a GPU the table goes on with larger models from the Hub.
+# Here is the gap on the models at hand: how much of what a LoRA gains does a soft prompt gain, with the same data and steps? In the gpu profile the table goes on with larger models from the Hub. ("Frozen" on MiniLM means: last layer only.)
 
 # %%
-def share(frozen: float, prompt: float, lora: float) -> float:
-    """How much of LoRA's gain in loss the prompt has."""
-    return (frozen - prompt) / (frozen - lora)
-
 def listens(name: str) -> dict:
     """A larger model: frozen, with a soft prompt, with a LoRA; loss on the new medicines."""
     big, its = mp.load_base(name)
     words = its(TEXT, add_special_tokens=False)["input_ids"]
     start = mp.PromptTuning(LENGTH, init="text", text=tuple((words * LENGTH)[:LENGTH]))
     row = {"model": name, "numbers": mp.parameter_report(big).total, "frozen": mp.evaluate(big, its, exam["new"])["loss"]}
-    del big
     for way, method, lr in (("prompt", start, PROMPT_RATE), ("LoRA", *ways["LoRA, rank 16"])):
         row[way] = mp.evaluate(teach(method, lr, train, base=name)[0], its, exam["new"])["loss"]
     return row
 
-# %%
-listening = [{"model": "MiniLM, sentiment", "numbers": mp.parameter_report(mini).total} | {
-                 way: sentiment[name]["loss"] for way, name in (("frozen", "last layer only"), ("prompt", "soft prompt"), ("LoRA", "LoRA, rank 8"))},
-             {"model": f"{BASE}, cards", "numbers": mp.parameter_report(model).total} | {
-                 way: scores[name]["loss, new"] for way, name in (("frozen", "frozen"), ("prompt", "soft prompt"), ("LoRA", "LoRA, rank 16"))}]
-larger = mp.pick(smoke=[], cpu=[], gpu=["HuggingFaceTB/SmolLM2-1.7B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"])
-for name in larger:
-    try:
-        listening.append(listens(name))
-    except Exception as problem:                               # no Hub, too little memory: the chapter goes on
-        print(f"{name} is left out: {type(problem).__name__}: {str(problem)[:120]}")
+def known(name: str, numbers: int, losses) -> dict:
+    return {"model": name, "numbers": numbers} | dict(zip(("frozen", "prompt", "LoRA"), losses))
+
+listening = [known("MiniLM, sentiment", mp.parameter_report(mini).total, (sentiment[w]["loss"] for w in ("last layer only", "soft prompt", "LoRA, rank 8"))),
+             known(f"{BASE}, cards", mp.parameter_report(model).total, (scores[w]["loss, new"] for w in ("frozen", "soft prompt", "LoRA, rank 16")))]
+larger = mp.pick(smoke=[], cpu=[], gpu=["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct"])
+listening += [listens(name) for name in larger if profiles.base_model() == BASE != "smollm2-135m"]   # the Hub is within reach
 for row in listening:
-    row["prompt's share of LoRA's gain"] = share(row["frozen"], row["prompt"], row["LoRA"])
-if not larger:
-    print("The gpu profile adds larger models from the Hub.")
+    row["prompt's share of LoRA's gain"] = (row["frozen"] - row["prompt"]) / (row["frozen"] - row["LoRA"])
 lab.table(listening)
 
 # %% [markdown]
@@ -833,6 +766,13 @@ lab.table(listening)
 # A widely used harness for testing language models compared answers by the log-probability that the model gives each token. For models with P-tuning its accuracies came out [wrong](https://github.com/EleutherAI/lm-evaluation-harness/pull/533), for LoRA right. The cell does what it did, first without a prompt, then with one. PyTorch's own loss says what is right. Why is the second one off?
 #
 # Write it so that it is right with and without a prompt. Remember: the logits at one place are about the token *after* it.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# How many rows have the logits, and how many tokens have question and answer together? Where the prompt stands in front, counting from the *end* is safe.
+#
+# </details>
 
 # %%
 def as_published(logits, question_ids: list[int], answer_ids: list[int]) -> torch.Tensor:
@@ -860,52 +800,36 @@ def answer_log_probs(logits: torch.Tensor, question_ids: list[int], answer_ids: 
 check.answer_log_probs(answer_log_probs)
 
 # %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# How many rows have the logits, and how many tokens have question and answer together? Where the prompt stands in front, counting from the *end* is safe.
-#
-# </details>
-
-# %% [markdown]
 # ## Merge? Save, reload, compare
 #
 # A prompt is no change of a weight, so there is nothing to merge: `mp.merge` says so. But it is the smallest file of this course, and many prompts can be served from one frozen model, even in one batch: each row gets its own.
 
 # %%
-student = students["soft prompt"]
 try:
-    mp.merge(student)
+    mp.merge(learner)
 except TypeError as refusal:
     print("mp.merge:", refusal)
-with torch.no_grad():
-    learned_logits = student(text_ids).logits.cpu()
-shelf = tempfile.TemporaryDirectory()
-mp.save_adapter(student, shelf.name)
+shelf, file_error = tempfile.TemporaryDirectory(), None
+mp.save_adapter(learner, shelf.name)
 files = {file.name: file.stat().st_size for file in sorted(Path(shelf.name).iterdir())}
-lab.table([{"file": name, "kB": size / 1e3} for name, size in files.items()])
-
-# %%
 again, _ = mp.load_base(BASE)
 mp.load_adapter(again, shelf.name)
 with torch.no_grad():
-    assert torch.equal(again(text_ids).logits.cpu(), learned_logits)
-print("read again by minipeft: the same logits to the bit")
-file_error = None
-try:
-    from peft import PeftModel
-    theirs = PeftModel.from_pretrained(mp.load_base(BASE)[0], shelf.name).eval()
-    with torch.no_grad():
-        file_error = ((theirs(text_ids).logits.cpu() - learned_logits).abs().max() / learned_logits.abs().max()).item()
-    print(f"opened by Hugging Face PEFT: the logits differ by {file_error:.1g} of the largest")
-except ImportError:
-    print("peft is not installed here, so that comparison is skipped (pip install peft)")
+    learned_logits = learner(text_ids).logits
+    assert torch.equal(again(text_ids).logits, learned_logits)                     # to the bit
+    if peft_error is not None:                                                     # peft is here
+        theirs = peft.PeftModel.from_pretrained(mp.load_base(BASE)[0], shelf.name).eval()
+        file_error = ((theirs(text_ids).logits - learned_logits).abs().max() / learned_logits.abs().max()).item()
+        print(f"opened by Hugging Face PEFT: the logits differ by {file_error:.1g} of the largest")
 mp.detach(again)
-assert fingerprint(again) == at_first                          # the frozen bytes, from the first cell to the last
-print("detached: every byte of the base as before")
+assert fingerprint(again) == fingerprint(model) == at_first
+print("detached: every byte of the base as in the first cell")
+lab.table([{"file": name, "kB": size / 1e3} for name, size in files.items()])
 
 # %% [markdown]
-# ## What it cost, and what you predicted
+# ## What it cost, what you predicted, and a quiz
+#
+# The first cell prints this method's row for the cost table of the course, and your predictions beside the measured numbers. The second is the closing quiz: every choice says why it is right or wrong, and the numbers in it are computed.
 
 # %%
 p, q = scores["soft prompt"], scores["LoRA, equal size"]
@@ -923,11 +847,6 @@ lab.record(
 )
 display(lab.table([{"": key, "you": "no prediction" if predicted[key] is None else predicted[key], "measured": value} for key, value in measured.items()]))
 lab.table([row])
-
-# %% [markdown]
-# ## Quiz
-#
-# Every choice says why it is right or wrong. The numbers are computed, not typed.
 
 # %%
 full_7b = 20 * 4096
