@@ -13,6 +13,7 @@ from minipeft.methods.adapters import Bottleneck, Entry
 
 from .families import FAMILIES, inputs
 from .test_lora import bytes_of, distance, logits_of, random_state, train
+from .test_training import DATA, TOKENIZER, config, same, weights
 
 PLACEMENTS = ["houlsby", "pfeiffer", "parallel"]
 
@@ -363,3 +364,32 @@ def test_adapters_stand_in_every_family_where_the_anatomy_says():
             wanted = sum(1 + (len(b.attentions) if placement == "houlsby" else 0) for b in blocks)
             assert len(own) == wanted and len(pieces) - wanted == len(blocks) * (placement == "parallel")
             assert all(isinstance(piece, Bottleneck | Entry) for _, _, piece in pieces)
+
+
+# ---------------------------------------------------------------- mp.fit
+
+@pytest.mark.parametrize(("family", "method"), [
+    ("t5", mp.BottleneckAdapter(4, "parallel", "gelu")), ("gpt2", mp.DoRA(2, targets="all-linear")), ("llama", mp.IA3())])
+def test_fit_lowers_the_loss_and_a_run_that_broke_off_goes_on_to_the_same_bits(family, method, tmp_path):
+    def run(folder, seed=0, stop=0):
+        model = FAMILIES[family]()
+        torch.manual_seed(seed)
+        mp.attach(model, method)
+
+        def watch(entry):
+            if entry["step"] == stop:
+                raise InterruptedError
+
+        mp.fit(model, TOKENIZER, DATA, config(steps=7, lr=0.05, folder=tmp_path / folder, save_every=2, resume=True),
+               watch=watch)
+        return model
+
+    whole = run("whole")
+    assert mp.evaluate(whole, TOKENIZER, DATA)["loss"] < mp.evaluate(FAMILIES[family](), TOKENIZER, DATA)["loss"] - 0.1
+    with pytest.raises(InterruptedError):
+        run("cut", stop=5)
+    resumed = run("cut", seed=1)                            # it starts elsewhere, and what was saved is put over it
+    assert same(weights(whole), weights(resumed))
+    exported = FAMILIES[family]()
+    mp.load_adapter(exported, tmp_path / "cut" / "step-00000007" / "adapters" / "default")
+    assert torch.equal(logits_of(exported, family), logits_of(resumed, family))
