@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minipeft.checks import exercises, frame
-from minipeft.checks import ch00_start, ch01_full, ch02_soft_prompts, ch05_lora, ch06_dora_ia3
+from minipeft.checks import ch00_start, ch01_full, ch02_soft_prompts, ch04_adapters, ch05_lora, ch06_dora_ia3
 from minipeft.checks.frame import Case, Draw, Exercise
 
 
@@ -143,7 +143,86 @@ def forgot(accuracy):
     return [max(row[j] for row in before) - end[j] for j in range(len(end) - 1)]
 
 
+# ---------------------------------------------------------------------------- answers of chapter 4
+
+
+def bottleneck(h, W_down, b_down, W_up, b_up):
+    return h + (h @ W_down.T + b_down).relu() @ W_up.T + b_up
+
+
+def bottleneck_in_place(h, W_down, b_down, W_up, b_up):
+    h += (h @ W_down.T + b_down).relu() @ W_up.T + b_up
+    return h
+
+
+def adapter_count(d, m, blocks, placement):
+    return blocks * (2 if placement == "houlsby" else 1) * (2 * m * d + m + d)
+
+
+def houlsby_block(h, attention, feed_forward, norm_1, norm_2, adapter_1, adapter_2):
+    g = norm_1(h + adapter_1(attention(h)))
+    return norm_2(g + adapter_2(feed_forward(g)))
+
+
+def after_the_norm(h, attention, feed_forward, norm_1, norm_2, adapter_1, adapter_2):  # as an article draws it
+    g = adapter_1(norm_1(h + attention(h)))
+    return adapter_2(norm_2(g + feed_forward(g)))
+
+
+class Adapted(nn.Sequential):
+    def forward(self, h):
+        return h + super().forward(h)
+
+
+def linears(d, m, dtype, activation=nn.ReLU, kind=Adapted):
+    return kind(nn.Linear(d, m, dtype=dtype), activation(), nn.Linear(m, d, dtype=dtype))
+
+
+class Loose(nn.Module):
+    """The public mistake: what `.to` returns is no parameter."""
+
+    def __init__(self, d, m, dtype):
+        super().__init__()
+        for name, shape in (("W_down", (m, d)), ("b_down", (m,)), ("W_up", (d, m)), ("b_up", (d,))):
+            value = nn.Parameter(torch.randn(shape)).to(dtype)
+            setattr(self, name, value if dtype != torch.float32 else value.detach())
+
+    def forward(self, h):
+        return bottleneck(h, self.W_down, self.b_down, self.W_up, self.b_up)
+
+
+class Tight(Loose):
+    """The tensor first, the parameter last."""
+
+    def __init__(self, d, m, dtype):
+        super().__init__(d, m, dtype)
+        for name in ("W_down", "b_down", "W_up", "b_up"):
+            value = getattr(self, name).detach()
+            delattr(self, name)
+            setattr(self, name, nn.Parameter(value))
+
+
+def mean_of(states):
+    return {name: sum(s[name] for s in states) / len(states) for name in states[0]}
+
+
+def mean_in_place(states):
+    for s in states[1:]:
+        for name in s:
+            states[0][name] += s[name]
+    return {name: t / len(states) for name, t in states[0].items()}
+
+
 RIGHT = {
+    "adapter-forward": [bottleneck, lambda h, W, b, U, c: nn.functional.linear(nn.functional.linear(h, W, b).relu(), U, c) + h],
+    "adapter-parameter-count": [adapter_count],
+    "adapted-block": [
+        houlsby_block,
+        lambda h, att, ff, n1, n2, a1, a2: (lambda g: n2(a2(ff(g)) + g))(n1(a1(att(h)) + h)),
+    ],
+    "trainable-adapter": [linears, Tight],
+    "average-weights": [mean_of, lambda states: {n: torch.stack([s[n] for s in states]).mean(0) for n in states[0]}],
+    "block-passes": [lambda blocks, dropped, tasks: tasks * blocks - (tasks - 1) * dropped],
     "count-trainable": [trainable],
     "adamw-state-bytes": [adamw_bytes],
     "completion-only-labels": [labels],
@@ -165,6 +244,82 @@ RIGHT = {
 }
 
 WRONG = {
+    "adapter-forward": [
+        lambda h, W, b, U, c: h,
+        lambda h, W, b, U, c: bottleneck(h, W, b, U, c) - h,
+        lambda h, W, b, U, c: bottleneck(h, W, b, U, c) + h,
+        lambda h, W, b, U, c: h + (h @ W.T + b) @ U.T + c,
+        lambda h, W, b, U, c: h + ((h @ W.T + b) @ U.T + c).relu(),
+        lambda h, W, b, U, c: h + nn.functional.gelu(h @ W.T + b) @ U.T + c,
+        lambda h, W, b, U, c: h + (h @ W.T).relu() @ U.T + c,
+        lambda h, W, b, U, c: h + (h @ W.T + b).relu() @ U.T,
+        lambda h, W, b, U, c: h + (h @ U + b).relu() @ W + c,
+        lambda h, W, b, U, c: h + (h @ W + b).relu() @ U.T + c,
+        lambda h, W, b, U, c: bottleneck(h, W, b, U, c)[:1],
+        lambda h, W, b, U, c: bottleneck(h, W, b, U, c).mT,
+        lambda h, W, b, U, c: bottleneck(h, W, b, U, c).half(),
+        lambda h, W, b, U, c: bottleneck(h, W, b, U, c) * math.nan,
+        lambda h, W, b, U, c: bottleneck(h[:1], W, b, U, c).expand_as(h),
+        noisy(bottleneck, 1e-3),
+        bottleneck_in_place,
+    ],
+    "adapter-parameter-count": [
+        lambda d, m, blocks, placement: blocks * 2 * (2 * m * d + m + d),
+        lambda d, m, blocks, placement: blocks * (2 * m * d + m + d),
+        lambda d, m, blocks, placement: adapter_count(d, m, blocks, placement) // (2 * m * d + m + d) * 2 * m * d,
+        lambda d, m, blocks, placement: adapter_count(d, m, 1, placement),
+        lambda d, m, blocks, placement: float(adapter_count(d, m, blocks, placement)),
+        lambda d, m, blocks, placement: adapter_count(d, m, blocks, "pfeiffer" if placement == "houlsby" else "houlsby"),
+        lambda d, m, blocks, placement: 2_379_264,
+    ],
+    "adapted-block": [
+        after_the_norm,
+        lambda h, att, ff, n1, n2, a1, a2: houlsby_block(h, att, ff, n1, n2, nn.Identity(), nn.Identity()),
+        lambda h, att, ff, n1, n2, a1, a2: houlsby_block(h, att, ff, n1, n2, nn.Identity(), a2),
+        lambda h, att, ff, n1, n2, a1, a2: houlsby_block(h, att, ff, n1, n2, a1, nn.Identity()),
+        lambda h, att, ff, n1, n2, a1, a2: houlsby_block(h, att, ff, n1, n2, a2, a1),
+        lambda h, att, ff, n1, n2, a1, a2: houlsby_block(h, att, ff, n2, n1, a1, a2),
+        lambda h, att, ff, n1, n2, a1, a2: houlsby_block(h, ff, att, n1, n2, a1, a2),
+        lambda h, att, ff, n1, n2, a1, a2: n2(a2(ff(n1(a1(att(h)))))),
+        lambda h, att, ff, n1, n2, a1, a2: n2(h + a2(ff(n1(h + a1(att(h)))))),
+        lambda h, att, ff, n1, n2, a1, a2: houlsby_block(h, lambda x: att(a1(x)), lambda x: ff(a2(x)), n1, n2, lambda y: y, lambda y: y),
+        lambda h, att, ff, n1, n2, a1, a2: n1(h + a1(att(h))),
+        lambda h, att, ff, n1, n2, a1, a2: n2(a2((g := n1(a1(h + att(h)))) + ff(g))),
+        lambda h, att, ff, n1, n2, a1, a2: houlsby_block(h, att, ff, n1, n2, a1, a2).float(),
+    ],
+    "trainable-adapter": [
+        Loose,
+        lambda d, m, dtype: linears(d, m, dtype, kind=nn.Sequential),
+        lambda d, m, dtype: linears(d, m, dtype, activation=nn.Identity),
+        lambda d, m, dtype: linears(d, m, dtype, activation=nn.GELU),
+        lambda d, m, dtype: linears(d, m, torch.float16),
+        lambda d, m, dtype: linears(m, d, dtype),
+        lambda d, m, dtype: linears(d, m, dtype).requires_grad_(False),
+        lambda d, m, dtype: Adapted(nn.Linear(d, m, bias=False, dtype=dtype), nn.ReLU(), nn.Linear(m, d, dtype=dtype)),
+        lambda d, m, dtype: Adapted(nn.Linear(d, m, dtype=dtype), nn.Linear(m, d, dtype=dtype), nn.ReLU()),
+        lambda d, m, dtype: nn.Linear(d, d, dtype=dtype),
+        lambda d, m, dtype: torch.zeros(m, d, dtype=dtype),
+        lambda d, m, dtype: linears,
+    ],
+    "average-weights": [
+        lambda states: states[0],
+        lambda states: {n: sum(s[n] for s in states) for n in states[0]},
+        lambda states: {n: sum(s[n] for s in states) / 2 for n in states[0]},
+        lambda states: {n: (states[0][n] + states[-1][n]) / 2 for n in states[0]},
+        lambda states: {n: t.mean() for n, t in mean_of(states).items()},
+        lambda states: list(mean_of(states).values()),
+        lambda states: {n.split(".")[1]: t for n, t in mean_of(states).items()},
+        lambda states: {n: t.double() for n, t in mean_of(states).items()},
+        mean_in_place,
+    ],
+    "block-passes": [
+        lambda blocks, dropped, tasks: tasks * blocks,
+        lambda blocks, dropped, tasks: tasks * (blocks - dropped),
+        lambda blocks, dropped, tasks: blocks,
+        lambda blocks, dropped, tasks: tasks * dropped + blocks - dropped,
+        lambda blocks, dropped, tasks: (tasks - 1) * dropped,
+        lambda blocks, dropped, tasks: float(dropped + tasks * (blocks - dropped)),
+    ],
     "count-trainable": [
         lambda m: sum(p.numel() for p in m.parameters()),
         lambda m: sum(p.numel() for p in m.parameters() if not p.requires_grad),
@@ -899,6 +1054,8 @@ def test_a_stub_is_not_attempted(id, answer):
         ("lora-merge", lambda W, A, B, alpha, rank: W + B @ A, "scale alpha / rank is missing"),
         ("lora-parameter-count", lambda s, r: sum(o * i for o, i in s), "the size of ΔW"),
         ("freeze", freeze_modules, "requires_grad set on a *module*"),
+        ("adapted-block", after_the_norm, "after the norm, outside the residual"),
+        ("adapter-forward", lambda h, W, b, U, c: bottleneck(h, W, b, U, c) - h, "the skip is missing"),
         ("adamw-state-bytes", lambda m: adamw_bytes(m) // 2, "two moments"),
         ("completion-only-labels", lambda p, c: p + c, "the prompt is not masked"),
         ("forgetting", lambda a: [a[j][j] - a[-1][j] for j in range(len(a) - 1)], "from its best"),
@@ -927,6 +1084,8 @@ def test_the_likely_mistake_is_named(id, answer, words):
         (ch05_lora, "_delta", lambda A, B, s: torch.zeros(len(B), A.shape[1]).double(), "lora-merge", merge),
         (ch05_lora, "_delta", lambda A, B, s: torch.zeros(len(B), A.shape[1]).double(), "lora-forward", lora),
         (ch05_lora, "_init_reason", lambda value, given: None, "lora-init", kaiming),
+        (ch04_adapters, "_adapter", lambda h, *weights: torch.zeros_like(h).double(), "adapter-forward", bottleneck),
+        (ch04_adapters, "_adapter_reason", lambda value, given, seed: None, "trainable-adapter", linears),
         (ch06_dora_ia3, "_rows_of_length", lambda V, m: torch.zeros_like(V), "dora-weight", dora),
         (ch06_dora_ia3, "_attended", lambda x, W, l, root=None: x.new_zeros(*x.shape[:2], len(W["v"])), "ia3-block", rescaled),
         (ch01_full, "_moments", lambda model: 0, "adamw-state-bytes", adamw_bytes),

@@ -26,6 +26,41 @@ def test_every_name_of_the_lab_exists():
         assert getattr(lab, name) is not None
 
 
+# ---------------------------------------------------------------------------- parts to put in order
+
+PARTS = {"squeeze": "`W_down`, $d \\to m$.", "bend": "$\\sigma$ comes between.", "widen": "Back to $d$ numbers."}
+
+
+def test_an_ordering_has_a_static_form_that_folds_the_order_and_the_reasons():
+    bundle = lab.ordering("Draw it.", PARTS, {"softmax": "Nothing is chosen here."})._repr_mimebundle_()
+    assert set(bundle) == {"text/plain", "text/html"}
+    before, answer = bundle["text/html"].split("<details>")
+    assert all(part in before for part in (*PARTS, "softmax")) and "comes between" not in before
+    assert answer.index("squeeze") < answer.index("bend") < answer.index("widen") < answer.index("softmax")
+    assert "Nothing is chosen" in answer and "<code>W_down</code>" in answer
+
+
+def test_a_live_ordering_takes_only_the_next_part_and_says_why_not_another():
+    box = lab.ordering("Draw it.", PARTS, {"softmax": "Nothing is chosen here."}).widget()
+    *rows, verdict, drawing = box.children[1:]
+    buttons = {row.children[1].value: row.children[0] for row in rows}
+    buttons["bend"].click()
+    assert "something else comes first" in verdict.value and drawing.value == ""
+    buttons["softmax"].click()
+    assert "Nothing is chosen" in verdict.value
+    for part in PARTS:
+        buttons[part].click()
+    assert "Done" in verdict.value and "2 wrong" in verdict.value
+    assert drawing.value.index("squeeze") < drawing.value.index("bend") < drawing.value.index("widen")
+
+
+def test_an_ordering_refuses_parts_without_a_reason():
+    with pytest.raises(ValueError, match="'bend' has no reason"):
+        lab.ordering("Draw it.", {"squeeze": "first", "bend": " "})
+    with pytest.raises(ValueError, match="'bend' is both"):
+        lab.ordering("Draw it.", PARTS, {"bend": "no"})
+
+
 # ---------------------------------------------------------------------------- quizzes
 
 

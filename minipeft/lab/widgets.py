@@ -1,11 +1,15 @@
-"""Pictures with a slider. Where no kernel runs, the same picture for a few settings side by side."""
+"""Things to move: a slider over ranks, parts to put in order. Where no kernel runs, each has a static form."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
+
 import torch
 
+from minipeft.lab.pages import MUTED, marked
 from minipeft.lab.plots import COLOURS, Drawing, new_figure, png, style
-from minipeft.lab.quizzes import with_widget
+from minipeft.lab.quizzes import GREEN, LETTERS, RED, with_widget
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -107,3 +111,95 @@ def rank_slider(delta: torch.Tensor | None = None, *, shape: tuple[int, int] = (
     if delta is None:
         return RankSlider(shape, 1 / torch.arange(1, min(shape) + 1), ranks, "a made-up ΔW")
     return RankSlider(shape, torch.linalg.svdvals(delta.detach().to("cpu", torch.float64)), ranks, "the ΔW given")
+
+
+# ---------------------------------------------------------------------------- parts to put in order
+
+
+class Ordering:
+    """Parts to put in their order, some of which do not belong. `ordering()` makes one."""
+
+    def __init__(self, question: str, parts: dict[str, str], decoys: dict[str, str]):
+        self.question = question
+        self.parts = parts  # part -> why it stands there, in the right order
+        self.decoys = decoys  # part -> why it does not belong
+        self.offered = [*parts, *decoys]
+        random.Random(question).shuffle(self.offered)  # always the same for a question, and no hint
+
+    def drawing(self, number: int) -> str:
+        """The first `number` parts as boxes, the first on top, each with its reason beside it."""
+        box = "border:1px solid #8c959f;border-radius:5px;padding:.15em .8em;min-width:15em;text-align:center"
+        rows = [
+            f'<div style="display:flex;align-items:center;gap:1em"><div style="{box}">{marked(part)}</div>'
+            f'<div style="{MUTED}">{marked(why)}</div></div>'
+            for part, why in list(self.parts.items())[:number]
+        ]
+        return '<div style="margin-left:8em;line-height:1">↓</div>'.join(rows)
+
+    def answer(self, part: str, placed: int) -> tuple[bool, str]:
+        """Whether `part` comes after the `placed` first ones, and why, or why not."""
+        order = list(self.parts)
+        if part in self.decoys:
+            return False, self.decoys[part]
+        if part == order[placed]:
+            return True, self.parts[part]
+        return False, "It belongs, but something else comes first." if part in order[placed:] else "It stands there already."
+
+    def __repr__(self) -> str:
+        return "\n".join([self.question, *(f"   {letter}. {part}" for letter, part in zip(LETTERS, self.offered, strict=False))])
+
+    def page(self) -> str:
+        """The static form: the parts in no order, the drawing and what does not belong folded."""
+        style = 'type="A" style="list-style-type:upper-alpha"'
+        offered = "".join(f"<li>{marked(part)}</li>" for part in self.offered)
+        surplus = "".join(f"<li>{marked(part)}: {marked(why)}</li>" for part, why in self.decoys.items())
+        surplus = f"<p>Not part of it:</p><ul>{surplus}</ul>" if surplus else ""
+        folded = f"<details><summary>Answer</summary>{self.drawing(len(self.parts))}{surplus}</details>"
+        return f"<div><p><b>{marked(self.question)}</b></p><ol {style}>{offered}</ol>{folded}</div>"
+
+    def widget(self):
+        """The live form: click the parts one after the other; what is right joins the drawing."""
+        from ipywidgets import Button, HBox, HTMLMath, Layout, VBox
+
+        drawing, verdict = HTMLMath(), HTMLMath()
+        placed, missed, rows = [], [], []
+        for letter, part in zip(LETTERS, self.offered, strict=False):
+            button = Button(description=letter, tooltip=f"Part {letter} is next", layout=Layout(width="3em", min_width="3em"))
+
+            def clicked(pressed, part=part):
+                right, why = self.answer(part, len(placed))
+                (placed if right else missed).append(part)
+                pressed.disabled = right
+                colour, word = (GREEN, "Right.") if right else (RED, "Not this one.")
+                verdict.value = f'<span style="color:{colour}"><b>{word}</b></span> {marked(why)}'
+                drawing.value = self.drawing(len(placed))
+                if len(placed) == len(self.parts):
+                    verdict.value = f'<span style="color:{GREEN}"><b>Done</b></span>, with {len(missed)} wrong on the way.'
+                    for row in rows:
+                        row.children[0].disabled = True
+
+            button.on_click(clicked)
+            rows.append(HBox([button, HTMLMath(marked(part))], layout=Layout(align_items="center")))
+        return VBox([HTMLMath(f"<b>{marked(self.question)}</b>"), *rows, verdict, drawing])
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        return with_widget({"text/plain": repr(self), "text/html": self.page()}, self.widget)
+
+
+def ordering(question: str, parts: Mapping[str, str], decoys: Mapping[str, str] | None = None) -> Ordering:
+    """An architecture to be drawn: put its parts in order.
+
+    parts    part -> why it stands there, in the right order; `code` in backticks and $formulas$ are shown as such
+    decoys   part -> why it does not belong
+
+    ValueError for fewer than two parts, a part without a reason, one that is also a decoy, or too many of them.
+    """
+    parts, decoys = dict(parts), dict(decoys or {})
+    if len(parts) < 2 or len(parts) + len(decoys) > len(LETTERS):
+        raise ValueError(f"{len(parts)} parts and {len(decoys)} decoys; accepted: at least 2 parts, at most {len(LETTERS)} in all")
+    for part, why in [*parts.items(), *decoys.items()]:
+        if not (isinstance(why, str) and why.strip()):
+            raise ValueError(f"the part {part!r} has no reason")
+    if both := sorted(set(parts) & set(decoys)):
+        raise ValueError(f"{both[0]!r} is both a part and a decoy")
+    return Ordering(question, parts, decoys)
