@@ -1,13 +1,20 @@
 """Statements about soft prompts and prefixes, and about the embedding and key/value sockets."""
 
 import copy
+import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 import minipeft as mp
-from minipeft import base, sockets
+from minipeft import base, sockets, training
 
 from .families import FAMILIES, inputs
 from .test_lora import bytes_of, distance, random_state
@@ -423,3 +430,58 @@ def test_a_text_that_leaves_the_prompt_no_position_is_refused():
         with pytest.raises(ValueError, match="example 0 has 62 tokens; this model takes 61"):
             mp.evaluate(model, Words(), long)
         mp.detach(model)
+
+
+def train_a_prefix(folder, die_at=0):
+    """Six steps of a reparameterised prefix with a checkpoint after every second; it goes on where it stopped."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = FAMILIES["llama"]()
+    mp.attach(model, METHODS["prefix"])
+
+    def watch(entry):
+        if entry["step"] == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    mp.fit(model, Words(), CARDS, mp.FitConfig(steps=6, batch_size=4, lr=0.05, folder=folder, save_every=2, resume=True,
+                                               progress=False), watch=watch)
+    torch.set_num_threads(threads)
+    return model
+
+
+def test_a_reparameterised_prefix_is_killed_resumes_to_the_bit_and_what_it_exports_opens_in_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    code = f"from tests.test_prompts import train_a_prefix; train_a_prefix({str(tmp_path / 'cut')!r}, die_at=5)"
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(f.name for f in (tmp_path / "cut").glob("step-*")) == ["step-00000002", "step-00000004"]
+    whole, resumed = (training.trainable(train_a_prefix(tmp_path / name)) for name in ("whole", "cut"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(p, resumed[n]) for n, p in whole.items())
+
+    export = tmp_path / "cut" / "step-00000006" / "adapters" / "default"
+    model, x = FAMILIES["llama"](), inputs("llama")
+    base, adapter = logits_of(model, "llama"), mp.load_adapter(model, export)
+    assert adapter.method == METHODS["prefix"]                   # the network is there still, to train on
+    assert all(torch.equal(p, resumed[f"minipeft.default.{n}"]) for n, p in adapter.named_parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(FAMILIES["llama"](), export).eval()
+    with torch.no_grad():
+        expected = theirs(**x).logits
+    assert distance(logits_of(model, "llama"), expected) < 1e-6 and distance(base, expected) > 1e-2
+
+
+@pytest.mark.parametrize(("family", "method"), [*(("llama", m) for m in METHODS), ("bert", "prompt"), ("bert", "prefix")])
+def test_the_memory_bill_counts_a_prompt_or_prefix(family, method):
+    config, settings = FAMILIES[family].config(), METHODS[method]
+    bill = mp.memory_bill(config, settings, batch=2, seq=7)
+    numbers = sum(p.numel() for p in mp.attach(FAMILIES[family](), settings).parameters())
+    assert bill.trainable == numbers and bill.adapter == bill.gradients == 4 * numbers
+    longer = mp.memory_bill(config, dataclasses.replace(settings, length=9), batch=2, seq=7)
+    assert longer.activations > bill.activations                 # 6 positions more, in every layer
+    if method in ("prompt", "direct"):                           # a text costs no more, and there is no tokenizer
+        text = dataclasses.replace(settings, init="text", text="three words here")
+        assert mp.memory_bill(config, text, batch=2, seq=7).total == bill.total
+    with pytest.raises(ValueError, match="seq is 62 and the method takes 3 more"):
+        mp.memory_bill(config, settings, batch=2, seq=62)
