@@ -23,10 +23,10 @@
 #
 # **You need:** Python, what keys, values and queries are. Chapter 2 (soft prompts) helps.
 #
-# **The papers:** Li & Liang 2021, *Prefix-Tuning*, [arXiv:2101.00190](https://arxiv.org/abs/2101.00190): you build its section 4.2, and the network of section 4.3. Liu et al. 2021, *P-Tuning v2*, [arXiv:2110.07602](https://arxiv.org/abs/2110.07602): the same without the network, on classifiers too. He et al. 2022, [arXiv:2110.04366](https://arxiv.org/abs/2110.04366): its equation 5 you show by hand.
+# **The papers:** Li & Liang 2021, *Prefix-Tuning*, [arXiv:2101.00190](https://arxiv.org/abs/2101.00190): you build its section 4.2, and the network of section 4.3. Liu et al. 2021, *P-Tuning v2*, [arXiv:2110.07602](https://arxiv.org/abs/2110.07602): the same without the network, on classifiers too. He et al. 2022, [arXiv:2110.04366](https://arxiv.org/abs/2110.04366): the equation of its section 3.1 you show by hand.
 
 # %% tags=["setup"]
-import hashlib, inspect, math, random, statistics, subprocess, sys, tempfile, warnings
+import hashlib, inspect, json, math, random, statistics, subprocess, sys, tempfile, warnings
 if "google.colab" in sys.modules:  # --no-deps: reinstalling torch or numpy under a live kernel breaks it
     wanted = ["git+https://github.com/{{repository}}", "gguf"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *wanted], check=True)
@@ -61,14 +61,15 @@ predicted = {"percent of BERT-base": None, "prompt vectors to one position": Non
 #
 # A soft prompt is put in front of the text once, at the bottom. What the upper layers see there, the frozen model decides. Can you not speak to every layer directly?
 #
-# The task is the one of the LoRA chapter, on a dozen medicines: answer in one fixed format, and know the facts. *Forward:* the name is in the question, the card is the answer. *Reverse:* the card is in the question, the name is the answer. The wordings of the test questions are not trained on. First, the frozen model. This is teaching data, not medical advice.
+# The task is the one of the LoRA chapter, on a few medicines: answer in one fixed format, and know the facts. *Forward:* the name is in the question, the card is the answer. *Reverse:* the card is in the question, the name is the answer. The wordings of the test questions are not trained on. First, the frozen model. This is teaching data, not medical advice.
 
 # %%
 BASE = profiles.base_model()
 model, tokenizer = mp.load_base(BASE)
 names = sorted({e["card"] for e in mp.load_data("drug_cards")})
-dozen = names[:: len(names) // mp.pick(smoke=2, cpu=12, gpu=48)]
-cards = {split: [e for e in mp.load_data("drug_cards", split) if e["card"] in dozen] for split in ("train", "test")}
+chosen = mp.pick(smoke=2, cpu=8, gpu=48)
+few = names[:: len(names) // chosen][:chosen]
+cards = {split: [e for e in mp.load_data("drug_cards", split) if e["card"] in few] for split in ("train", "test")}
 
 def exam(model) -> dict[str, float]:
     """The share of test questions answered right, letter for letter."""
@@ -79,7 +80,7 @@ def exam(model) -> dict[str, float]:
 
 frozen = exam(model)
 one = cards["train"][0]
-print(f"{len(dozen)} medicines, {len(cards['train'])} questions to learn from, {len(cards['test'])} to be asked\n")
+print(f"{len(few)} medicines, {len(cards['train'])} questions to learn from, {len(cards['test'])} to be asked\n")
 print(one["prompt"] + one["completion"])
 lab.table([{"model": "frozen"} | frozen])
 
@@ -133,6 +134,13 @@ figure
 # ### Exercise 1: count what trains · 5 minutes · easy
 #
 # You get the number of layers, of query heads, of key/value heads, the width of a head, and the length of the prefix. How many numbers does a prefix train, without any network? The figure above has all you need.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# One layer has one $P_K$ and one $P_V$. Both have the shape in the table. Queries get no prefix.
+#
+# </details>
 
 # %%
 def prefix_parameter_count(layers: int, heads: int, kv_heads: int, head_dim: int, length: int) -> int:
@@ -142,14 +150,6 @@ def prefix_parameter_count(layers: int, heads: int, kv_heads: int, head_dim: int
     ### END SOLUTION
 
 check.prefix_parameter_count(prefix_parameter_count)
-
-# %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# One layer has one $P_K$ and one $P_V$. Both have the shape in the table. Queries get no prefix.
-#
-# </details>
 
 # %% [markdown]
 # ### The article's figure
@@ -196,7 +196,7 @@ print(f"1. {without:.3f}   2. {with_prefix:.3f}   3. λ = {lam:.3f}   4. {(1 - l
 assert math.isclose(with_prefix, (1 - lam) * without + lam * 1, rel_tol=1e-6)
 
 # %% [markdown]
-# A prefix **mixes in** something, and takes away from the rest (He et al. 2022, equation 5):
+# A prefix **mixes in** something, and takes away from the rest (He et al. 2022, section 3.1):
 #
 # $$\mathrm{attention}(q, [P_K; K], [P_V; V]) = (1 - \lambda)\,\mathrm{attention}(q, K, V) + \lambda\,\mathrm{attention}(q, P_K, P_V)$$
 #
@@ -209,6 +209,13 @@ assert math.isclose(with_prefix, (1 - lam) * without + lam * 1, rel_tol=1e-6)
 # ### Exercise 2: attention with a prefix · 15 minutes · medium
 #
 # Write it for a causal model with grouped heads. Query head $h$ reads key/value head $h \,/\!/\, (H/G)$. Query $t$ sees the whole prefix and the tokens $0 \ldots t$.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# `P_K.expand(B, -1, -1, -1)` gives every row of the batch the same prefix. `repeat_interleave` makes $H$ heads out of $G$. In the mask of shape $(T, n + T)$ the triangle of the tokens starts in column $n$: see `torch.tril` and its second argument.
+#
+# </details>
 
 # %%
 def prefix_attention(
@@ -226,14 +233,6 @@ def prefix_attention(
     ### END SOLUTION
 
 check.prefix_attention(prefix_attention)
-
-# %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# `P_K.expand(B, -1, -1, -1)` gives every row of the batch the same prefix. `repeat_interleave` makes $H$ heads out of $G$. In the mask of shape $(T, n + T)$ the triangle of the tokens starts in column $n$: see `torch.tril` and its second argument.
-#
-# </details>
 
 # %% [markdown]
 # ### Step 2: into a real model
@@ -271,6 +270,13 @@ print(f"cache and socket differ by {(plugged - cached).abs().max() / scale:.1g} 
 # ### Exercise 3: the prefix of a prompt · 10 minutes · medium
 #
 # What goes into one layer's attention at $n$ prompt positions is $h$. Give the layer's $P_K$ and $P_V$, cut into heads. (Real models may add a bias or rotate the keys. Leave that out.)
+#
+# <details>
+# <summary>Hint</summary>
+#
+# `h @ W_K.T` is $(n, G \cdot d)$. Cut the last axis into heads first, then swap two axes.
+#
+# </details>
 
 # %%
 def prefix_of_a_prompt(
@@ -286,21 +292,13 @@ def prefix_of_a_prompt(
 check.prefix_of_a_prompt(prefix_of_a_prompt)
 
 # %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# `h @ W_K.T` is $(n, G \cdot d)$. Cut the last axis into heads first, then swap two axes.
-#
-# </details>
-
-# %% [markdown]
 # Now on the real model, all layers at once: `init="text"` does it. The assertion says that the model answers as if the text stood in front of the question.
 #
 # So a prefix can do all that a prompt can. The other way round fails, and counting shows why. For each position a soft prompt chooses `width` numbers, and the frozen layers make all keys and values from them. A prefix chooses those keys and values freely.
 
 # %%
 text = "Answer in five fields, one line.\n"
-words = tokenizer(text, return_tensors="pt").to(model.device)["input_ids"]
+words = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)["input_ids"]
 adapter = mp.attach(model, mp.PrefixTuning(words.shape[1], reparameterize=False, init="text", text=text))
 with torch.no_grad():
     as_prefix = model(**question).logits
@@ -316,6 +314,13 @@ print(f"one position: a soft prompt chooses {per_prompt:,} numbers, a prefix {pe
 # ### Exercise 4: how much does a query look at the prefix? · 10 minutes · medium
 #
 # Compute $\lambda$ for each query: the share of its attention weight that lies on the prefix. One head, no causal mask. You will apply the same measure to the trained model below.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# One softmax over all $n + S$ positions. Then add up the weights of the first $n$.
+#
+# </details>
 
 # %%
 def prefix_share(q: torch.Tensor, K: torch.Tensor, P_K: torch.Tensor) -> torch.Tensor:
@@ -326,14 +331,6 @@ def prefix_share(q: torch.Tensor, K: torch.Tensor, P_K: torch.Tensor) -> torch.T
     ### END SOLUTION
 
 check.prefix_share(prefix_share)
-
-# %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# One softmax over all $n + S$ positions. Then add up the weights of the first $n$.
-#
-# </details>
 
 # %% [markdown]
 # ### Step 4: the network
@@ -347,6 +344,13 @@ check.prefix_share(prefix_share)
 # ### Exercise 5: fold the network away · 10 minutes · medium
 #
 # For one layer. The first half of the outputs is the keys, the second the values, each head by head.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# `x.view(n, 2, kv_heads, d)`: the axes are then position, key or value, head, width. `permute` puts them into the order that you need.
+#
+# </details>
 
 # %%
 def fold_prefix(
@@ -362,30 +366,22 @@ def fold_prefix(
 check.fold_prefix(fold_prefix)
 
 # %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# `x.view(n, 2, kv_heads, d)`: the axes are then position, key or value, head, width. `permute` puts them into the order that you need.
-#
-# </details>
-
-# %% [markdown]
 # On the real model: `mp.fold` replaces the network by what it gives. The logits stay. And look at what it costs while it is there: the network has far more numbers than the prefix that it makes.
 
 # %%
 torch.manual_seed(0)
 adapter = mp.attach(model, mp.PrefixTuning(10))
-made = mp.parameter_report(model).trainable
+made, base_size = mp.parameter_report(model).trainable, sum(p.numel() for p in mp.sockets.base_parameters(model).values())
 with torch.no_grad():
     by_network = model(**question).logits
     adapter = mp.fold(model)
     folded = model(**question).logits
 kept = mp.parameter_report(model).trainable
 mp.detach(model)
-assert torch.allclose(folded, by_network, atol=1e-4)
+assert (folded - by_network).abs().max() < 1e-4 * folded.abs().max()
 assert made == mp.PrefixTuning(10).parameter_count(L, G * d) and kept == 10 * per_prefix
-lab.table([{"ten positions": "with the network, in training", "numbers": made, "of the model, %": 100 * made / model.num_parameters()},
-           {"ten positions": "folded, P-tuning v2", "numbers": kept, "of the model, %": 100 * kept / model.num_parameters()}])
+lab.table([{"ten positions": "with the network, in training", "numbers": made, "of the model, %": 100 * made / base_size},
+           {"ten positions": "folded, P-tuning v2", "numbers": kept, "of the model, %": 100 * kept / base_size}])
 
 # %% [markdown]
 # ## The same as the package
@@ -415,6 +411,13 @@ print("the formula, the package, and (1 - λ) attention + λ attention over the 
 # `scaled_dot_product_attention(..., is_causal=True)` looks like the right call for a causal model. With a prefix it raises no error, and the result is wrong. PyTorch's documentation and [issue 108108](https://github.com/pytorch/pytorch/issues/108108) say what its mask is when there are more keys than queries. The cell draws that mask for four tokens behind a prefix of three.
 #
 # Write the right mask, for a batch with padding on either side.
+#
+# <details>
+# <summary>Hint</summary>
+#
+# Two conditions, joined by `&`. Which keys are real? The prefix always, the tokens where `real` says so. Which keys are not in the future? In the drawn mask, where should the triangle begin?
+#
+# </details>
 
 # %%
 T_, n_ = 4, 3
@@ -434,17 +437,9 @@ def visible(real: torch.Tensor, n: int) -> torch.Tensor:
 check.visible(visible)
 
 # %% [markdown]
-# <details>
-# <summary>Hint</summary>
-#
-# Two conditions, joined by `&`. Which keys are real? The prefix always, the tokens where `real` says so. Which keys are not in the future? In the drawn mask, where should the triangle begin?
-#
-# </details>
-
-# %% [markdown]
 # ## Before training: something changed already
 #
-# LoRA starts from an unchanged model, because $B = 0$. A prefix cannot: softmax gives every position some weight, whatever its key. So measure how far each start moves the model: the loss on the training questions before any step. `text` is a solved card, cut to length.
+# LoRA starts from an unchanged model, because $B = 0$. A prefix cannot: softmax gives every position some weight, whatever its key. So measure how far each start moves the model: the loss on the training questions before any step. *Real keys and values* are those of a solved card, cut to length: the model starts as if it had just read an example.
 #
 # The length is chosen so that the prefix has about as many numbers as a LoRA of rank 1 on all linear layers: you will compare the two.
 
@@ -477,7 +472,7 @@ lab.table(rows, f"{length} positions; a LoRA of rank 1 has {lora_size:,}")
 # The prefix starts from the keys and values of a real card. A LoRA of about the same size then gets the same questions, in the same order, equally often. The frozen bytes are compared at the end.
 
 # %%
-plan = mp.FitConfig(steps=mp.pick(smoke=2, cpu=55, gpu=150), batch_size=mp.pick(smoke=2, cpu=8, gpu=16), lr=1e-2, warmup=0.1)
+plan = mp.FitConfig(steps=mp.pick(smoke=2, cpu=45, gpu=150), batch_size=mp.pick(smoke=2, cpu=8, gpu=16), lr=1e-2, warmup=0.1)
 torch.manual_seed(0)
 adapter = mp.attach(model, starts["real keys and values"])
 assert mp.parameter_report(model).trainable == length * per_prefix
@@ -486,15 +481,20 @@ assert fingerprint(model) == at_first
 print(f"{run.steps} steps in {run.seconds / 60:.1f} minutes; every frozen byte is as it was")
 
 # %%
+LORA_RATE = 4e-3
 rival, _ = mp.load_base(BASE)
 torch.manual_seed(0)
 mp.attach(rival, lora)
-rival_run = mp.fit(rival, tokenizer, cards["train"], replace(plan, progress=False))
+rival_run = mp.fit(rival, tokenizer, cards["train"], replace(plan, lr=LORA_RATE, progress=False))
 trained, by_lora = exam(model), exam(rival)
 del rival
 scores = [{"model": "frozen"} | frozen,
           {"model": f"prefix, {length} positions", "trained": length * per_prefix, "s a step": run.seconds / run.steps} | trained,
           {"model": "LoRA, rank 1", "trained": lora_size, "s a step": rival_run.seconds / rival_run.steps} | by_lora]
+longer = mp.data.data_folder() / "results" / "05_lora.json"
+if longer.exists():                                            # what chapter 5 measured, on all medicines
+    there = json.loads(longer.read_text(encoding="utf-8"))["figures"]["main"]
+    scores.append({"model": f"chapter 5: LoRA, rank {there['rank']}, {there['steps']} steps, all medicines"} | {k: there[k] for k in ("trained", *trained)})
 lab.table(scores)
 
 # %% tags=["figure"]
@@ -524,11 +524,10 @@ viewer.set_attn_implementation("eager")                        # the one that gi
 mp.attach(viewer, starts["real keys and values"], "start")
 mp.load_adapter(viewer, shelf.name, "trained")
 
-@torch.no_grad()
 def looked_at(name: str) -> torch.Tensor:
     """The mean attention weight on each prefix position, (layers, positions)."""
     seen = []
-    with mp.active(viewer, name):
+    with torch.no_grad(), mp.active(viewer, name):
         for e in cards["test"][:: max(1, len(cards["test"]) // 8)]:
             ids = tokenizer(e["prompt"], return_tensors="pt").to(viewer.device)
             weights = viewer(**ids, output_attentions=True).attentions              # L of (1, H, T, n + T)
@@ -537,7 +536,9 @@ def looked_at(name: str) -> torch.Tensor:
 
 maps = {name: looked_at(name) for name in ("start", "trained")}
 share = {name: m.sum(1).mean().item() for name, m in maps.items()}
-print(f"share of all attention that goes to the prefix: {share['start']:.0%} at the start, {share['trained']:.0%} after training")
+sink = maps["trained"].mean(0).argmax().item()
+print(f"share of all attention that goes to the prefix: {share['start']:.0%} at the start, {share['trained']:.0%} after training;",
+      f"position {sink} alone gets {maps['trained'][:, sink].mean().item() / share['trained']:.0%} of that")
 
 # %% tags=["figure"]
 figure, (left, right) = new_figure(2, width=9.4, height=4.6)
@@ -553,7 +554,7 @@ right.legend(frameon=False)
 figure
 
 # %% [markdown]
-# One column is often much darker than the others: the first position. Language models park attention that they do not need on the first position of a text (an *attention sink*), and a prefix made from real text inherits that. A share $\lambda$ on a position whose value is near zero means "look at nothing", not "read the prefix".
+# Is one column much darker than the others? Language models park attention that they do not need on the first position of a text (an *attention sink*), and a prefix made from real text inherits that. Before training, the start shows how much of $\lambda$ is such parking. A share $\lambda$ on a position whose value is near zero means "look at nothing", not "read the prefix". So a large $\lambda$ is no proof that the prefix is used: compare the two curves.
 #
 # ## How many facts fit?
 #
@@ -561,7 +562,7 @@ figure
 
 # %%
 draw = random.Random(0)
-facts = [{"prompt": f"{name}\n", "completion": f" {draw.randrange(1000):03d}"} for name in draw.sample(names, mp.pick(smoke=4, cpu=16, gpu=64))]
+facts = [{"prompt": f"{name}\n", "completion": f" {draw.randrange(1000):03d}"} for name in draw.sample(names, mp.pick(smoke=4, cpu=12, gpu=64))]
 half = rf"model\.layers\.({'|'.join(str(i) for i in range(0, L, 2))})\.self_attn\.v_proj"
 
 def filler(n: int) -> tuple[int, ...]:
@@ -581,7 +582,7 @@ def facts_right(model) -> int:
 
 # %%
 RATES = {"prompt": 3e-2, "prefix": 3e-2, "LoRA": 1e-2}
-memory_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=40, gpu=150), batch_size=len(facts), warmup=0.1, progress=False)
+memory_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=30, gpu=150), batch_size=len(facts), warmup=0.1, progress=False)
 
 def memorise(kind: str, n: int) -> dict:
     """Train one contestant on the facts; how many it then has, and how many bits that is."""
@@ -620,7 +621,7 @@ print("at the smallest size most facts are kept by:", ", ".join(winner) or "nobo
 figure
 
 # %% [markdown]
-# Say precisely what this measures: facts kept *after so many steps at this rate*, of one seed. It is not the most that would ever fit. With ten times the steps all three climb. But equal numbers do not learn facts equally fast: what counts is where they stand. A prefix can only mix a few vectors into attention. LoRA changes what the layer computes from each token.
+# Say precisely what this measures: facts kept *after so many steps at this rate*, of one seed. It is not the most that would ever fit. But where the three differ, the number of parameters cannot be the reason: it is equal. The place is. A prefix mixes a few fixed vectors into attention, the same ones for every medicine; only $\lambda$ and the weights among them depend on the text. LoRA changes what a layer computes from each token.
 #
 # ## The network: is training steadier with it?
 #
@@ -669,6 +670,17 @@ for way in ways:
     print(f"{way:8} best rate {best[way]:g}: {middle:.1%} right, {100 * spread:.1f} points of spread over {len(seeds)} seeds")
 
 # %% tags=["figure"]
+def one_step(method, lr: float = 1e-3) -> float:
+    """How far Adam's first step moves an entry of the prefix, on average, in units of the rate."""
+    torch.manual_seed(0)
+    encoder, words = mp.load_base("minilm-l6", num_labels=2)
+    pieces = [piece for piece in mp.attach(encoder, method).pieces().values() if hasattr(piece, "prefix")]
+    start = [torch.cat(piece.prefix()).detach().clone() for piece in pieces]
+    mp.fit(encoder, words, films["train"][:16], replace(film_plan, steps=1, lr=lr, warmup=0.0))
+    return statistics.mean((torch.cat(piece.prefix()) - a).abs().mean().item() for piece, a in zip(pieces, start)) / lr
+
+moves = {way: one_step(method) for way, method in ways.items()}
+print("one step moves an entry of the prefix by", ", ".join(f"{move:.1f} rates ({way})" for way, move in moves.items()))
 figure, panels = new_figure(2, width=8.8, height=3.4)
 for ax, way, colour in zip(panels, ways, ("green", "purple")):
     for lr, runs in trials[way].items():
@@ -682,7 +694,7 @@ panels[0].text(grid[0], commoner, "always the commoner label", va="bottom", font
 figure
 
 # %% [markdown]
-# Each dot is one seed. Compare two things: how far the dots of one rate lie apart, and how wide the range of rates is that works. The network makes all layers move together, and its output moves much further for the same rate. So it shifts the good rates; whether it is *steadier* depends on whether you searched the rate for both. The P-tuning v2 paper, too, finds that the network helps on some tasks and harms on others.
+# Each dot is one seed. Compare two things: how far the dots of one rate lie apart, and how wide the range of rates is that works. The network makes all layers move together, and not by the rate alone. So it shifts the good rates: the line above the figure says by how much its prefix moves in one step. Whether it is *steadier* depends on whether you searched the rate for both. The P-tuning v2 paper, too, finds that the network helps on some tasks and harms on others.
 #
 # ## Equal size, one table
 #
@@ -719,8 +731,7 @@ lab.table(rows)
 # %%
 lengths = mp.pick(smoke=[1, 20], cpu=[1, 5, 20, 80], gpu=[1, 5, 20, 80, 320])
 rows = []
-with mp.active(model, None):
-    real_keys = torch.cat([K.flatten() for K, _ in mp.sockets.keys_and_values(model, question["input_ids"][0]).values()])
+real_keys = torch.cat([K.flatten() for K, _ in mp.sockets.keys_and_values(model, question["input_ids"][0]).values()])
 for n_ in lengths:
     torch.manual_seed(0)
     mp.attach(model, mp.PrefixTuning(n_, reparameterize=False), "long")
@@ -741,36 +752,33 @@ lab.table(rows)
 # %%
 try:
     mp.merge(model)
-except TypeError as error_:
-    print("mp.merge:", error_)
-with torch.no_grad():
-    apart = model(**question).logits
-    with mp.active(viewer, "trained"):
-        again = viewer(**question).logits
+except TypeError as refusal:
+    print("mp.merge:", refusal)
+with torch.no_grad(), mp.active(viewer, "trained"):
+    apart, again = model(**question).logits, viewer(**question).logits
 files = {f.name: f.stat().st_size for f in sorted(Path(shelf.name).iterdir())}
 print({name: f"{size / 1e3:,.0f} kB" for name, size in files.items()})
 reload_error, peft_error = ((again - apart).abs().max() / apart.abs().max()).item(), None
-assert reload_error < 1e-4
 warnings.filterwarnings("ignore", category=FutureWarning)      # peft still uses old names of transformers
 try:
     from peft import PeftModel
-    theirs = PeftModel.from_pretrained(mp.load_base(BASE)[0], shelf.name).eval()
     with torch.no_grad():
-        peft_error = ((theirs(**question).logits - apart).abs().max() / apart.abs().max()).item()
-    assert peft_error < 1e-4
+        theirs = PeftModel.from_pretrained(mp.load_base(BASE)[0], shelf.name).eval()(**question).logits
+    peft_error = ((theirs - apart).abs().max() / apart.abs().max()).item()
     print(f"opened by Hugging Face PEFT: the logits differ by {peft_error:.1g} of the largest")
 except ImportError:
     print("peft is not installed here, so that comparison is skipped (pip install peft)")
+assert reload_error < 1e-4 and (peft_error or 0) < 1e-4
 
 # %% [markdown]
 # ## What it cost, and what you predicted
 
 # %%
 measured = dict(zip(predicted, (bert["percent"], per_prefix / per_prompt, 100 * share["trained"], " and ".join(winner) or "nobody")))
-row = {"method": "prefix tuning", "positions": length, "trained": length * per_prefix, "percent": 100 * length * per_prefix / model.num_parameters(),
+row = {"method": "prefix tuning", "positions": length, "trained": length * per_prefix, "percent": 100 * length * per_prefix / base_size,
        "minutes": run.seconds / 60, "peak GiB": run.peak_memory / 2**30, "file MB": sum(files.values()) / 1e6} | trained
 lab.record(
-    main=row | {"steps": run.steps, "batch": plan.batch_size, "rate": plan.lr, "medicines": len(dozen), "frozen": frozen, "LoRA, equal size": by_lora},
+    main=row | {"steps": run.steps, "batch": plan.batch_size, "rate": plan.lr, "medicines": len(few), "frozen": frozen, "LoRA, equal size": by_lora},
     sizes={"prompt vector": per_prompt, "prefix position": per_prefix, "network, ten positions": made, "LoRA rank 1": lora_size},
     claim=bert, stability={way: {str(lr): list(values) for lr, values in by.items()} for way, by in stability.items()},
     sentiment={name: {"trained": runs[0]["trained"], "right": mean_and_spread(runs)[0], "spread": mean_and_spread(runs)[1]} for name, runs in judged.items()},
@@ -850,7 +858,7 @@ lab.quiz([
 # - Every prompt is a prefix. Few prefixes are prompts.
 # - What it does is mix: $(1-\lambda)$ of what was there, $\lambda$ of its own. It does not reweigh the tokens among themselves.
 # - The network helps training, or not; it is folded away. Without it the method is P-tuning v2.
-# - It shapes behaviour from few numbers. For facts, compare with LoRA at equal size, as you did.
+# - Format, copying and facts are three different things to learn. Ask for each, and compare methods at equal size, as you did.
 #
 # ## Next
 #
