@@ -45,7 +45,7 @@ class BottleneckAdapter:
     activation    σ: "relu" or "gelu"
     scale         s; He et al. take 4 beside the feed-forward. Above 0
     layer_norm    normalise what goes into W_down (Bapna & Firat 2019, arXiv:1909.08478): 2 d numbers more
-    init_std      deviation of both matrices at the start; 0 starts at the exact identity and stays there
+    init_std      deviation of both matrices at the start; with 0 only the last bias ever learns
     skip_layers   leave the first so many blocks without adapters (AdapterDrop, Rücklé et al. 2021,
                   arXiv:2010.11918); of an encoder-decoder, the first of each side
     """
