@@ -158,7 +158,7 @@ for x0, title, first in ((0, "hard prompt", ["Answer", "in", "one", "line", ":"]
     ax.add_patch(FancyBboxPatch((x0, 0.5), 5.7, 0.9, boxstyle="round,pad=0,rounding_size=0.1", facecolor=pale, edgecolor=grey))
     ax.text(x0 + 2.85, 0.95, "the frozen model", ha="center", va="center", fontsize=11)
 ax.text(2.85, 3.62, f"each a row of the frozen table: one of {V:,}", ha="center", va="center", fontsize=9.5, backgroundcolor="white")
-ax.text(8.28, 4.0, f"no word, no table:\nany point of a space of {d} dimensions.\nOnly these {d} × 5 numbers train", ha="center", fontsize=9.5, color="#9a6700")
+ax.text(8.28, 4.0, f"no word, no table:\nany point in {d} dimensions.\nOnly these 5 × {d} numbers train", ha="center", fontsize=9.5, color="#9a6700")
 ax.text(2.85, 0.05, "searched: words, by you", ha="center", fontsize=10)
 ax.text(9.35, 0.05, "searched: vectors, by gradient descent", ha="center", fontsize=10)
 ax.set(xlim=(-0.2, 12.4), ylim=(-0.2, 5.8))
@@ -438,7 +438,7 @@ places = [path for i in range(count) for path in pair[int((i + 0.5) * len(blocks
 equal = mp.LoRA(rank=1, alpha=2, targets=tuple(places))
 ways = {"soft prompt": (prompt, PROMPT_RATE), "LoRA, equal size": (equal, 1e-2),
         "LoRA, rank 16": (mp.LoRA(rank=16, alpha=32, targets="all-linear"), 2e-3), "full fine-tuning": (None, 2e-4)}
-STEPS = mp.pick(smoke=2, cpu=60, gpu=150)
+STEPS = mp.pick(smoke=1, cpu=60, gpu=150)
 
 # %%
 def teach(method, lr: float, examples, steps: int = STEPS, curve=None, base: str = BASE):
@@ -730,7 +730,7 @@ with torch.no_grad():
 mp.detach(model)
 ends = [row["logits move by"] for row in loud]
 assert abs(ends[-1] / ends[-2] - 1) < 0.2                      # it has levelled off
-print(f"from 100 to 10,000 times as loud the effect changes by {100 * (ends[-1] / ends[-3] - 1):+.0f} %")
+print(f"from 1,000 to 10,000 times a word's length the effect changes by {100 * (ends[-1] / ends[-2] - 1):+.1f} %")
 lab.table(loud)
 
 # %% [markdown]
@@ -757,7 +757,8 @@ listening = [known("MiniLM, sentiment", mp.parameter_report(mini).total, (sentim
 larger = mp.pick(smoke=[], cpu=[], gpu=["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct"])
 listening += [listens(name) for name in larger if profiles.base_model() == BASE != "smollm2-135m"]   # the Hub is within reach
 for row in listening:
-    row["prompt's share of LoRA's gain"] = (row["frozen"] - row["prompt"]) / (row["frozen"] - row["LoRA"])
+    gain = row["frozen"] - row["LoRA"]
+    row["prompt's share of LoRA's gain"] = (row["frozen"] - row["prompt"]) / gain if gain > 0.01 else None
 lab.table(listening)
 
 # %% [markdown]
