@@ -840,8 +840,8 @@ figure
 try:
     mp.activate(model, "movies")
     mp.merge(model, "movies")
-except TypeError as error:
-    print("TypeError:", error)
+except TypeError as refusal:
+    print("TypeError:", refusal)
 
 folder = tempfile.TemporaryDirectory()
 for domain in DOMAINS:
