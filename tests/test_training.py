@@ -522,3 +522,34 @@ def test_passes_are_as_many_as_lanes_can_share():
     rows = [training.Row([2] * 10, start=1) for _ in range(13)]
     assert [len(c) for c in training.passes(rows, 50)] == [5, 5, 3]
     assert len(training.passes(rows, 50, lanes=2)) == 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
+def test_the_optimizers_of_bitsandbytes_are_refused_without_a_gpu(optimizer, tmp_path):
+    model = with_lora()
+    before = weights(model)
+    with pytest.raises(ValueError, match=f"optimizer is '{optimizer}', which needs a GPU; on this device .cpu. accepted"):
+        mp.fit(model, TOKENIZER, DATA, config(optimizer=optimizer, folder=tmp_path / "run"))
+    assert same(before, weights(model)) and not (tmp_path / "run").exists()
+
+
+def test_an_8_bit_optimizer_trains_and_its_run_is_resumed(tmp_path, monkeypatch):
+    """bitsandbytes has CPU code for it as well, slow; the check for a GPU is set aside to use it here."""
+    optim = pytest.importorskip("bitsandbytes.optim")
+    made = []
+
+    def eight_bits(weights, config):
+        made.append(optim.AdamW8bit(list(weights.values()), lr=config.lr, weight_decay=0.0, min_8bit_size=64))
+        return made[-1]
+
+    monkeypatch.setattr(training, "_optimizer", eight_bits)
+    settings = dict(steps=6, optimizer="adamw8bit", save_every=3)
+    whole, half = with_lora(llama(torch.float32)), with_lora(llama(torch.float32))
+    mp.fit(whole, TOKENIZER, DATA, config(folder=tmp_path / "whole", **settings))
+    assert {t.dtype for state in made[0].state.values() for t in state.values() if torch.is_tensor(t)} == {
+        torch.uint8, torch.float32}
+    mp.fit(half, TOKENIZER, DATA, config(folder=tmp_path / "half", **settings))
+    (tmp_path / "half" / "step-00000006").rename(tmp_path / "gone")
+    again = with_lora(llama(torch.float32))
+    mp.fit(again, TOKENIZER, DATA, config(folder=tmp_path / "half", resume=True, **settings))
+    assert same(weights(whole), weights(again)) and not same(weights(whole), weights(with_lora(llama(torch.float32))))

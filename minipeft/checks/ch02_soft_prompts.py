@@ -76,12 +76,13 @@ def prompt_from_text(draw: Draw) -> Iterator[Case]:
     A text that is too short is repeated from its start, one that is too long is cut at its end. P has
     memory of its own: when it is trained, the table must not move.
     """
-    for words, d, count, length in ((9, 4, 5, 5), (17, 3, 3, 8), (23, 7, 9, 4), (31, 5, 4, draw.integer(9, 14)), (12, 6, 2, 1)):
+    shapes = ((9, 4, 5, 5), (17, 3, 3, 8), (23, 7, 9, 4), (31, 5, 4, draw.integer(9, 14)), (12, 6, 2, 1))
+    for number, (words, d, count, length) in enumerate(shapes):
         table = draw.normal(words, d, dtype=draw.pick((torch.float32, torch.float64)))
         start = draw.integer(1, words - count)
-        ids = list(range(start, start + count))              # neighbours: here a slice of the table would fit too
-        if count > 2:
-            ids = ids[::-1] if draw.integer(0, 1) else ids
+        ids = list(range(start, start + count))
+        if number == 1 or (number > 1 and count > 2 and draw.integer(0, 1)):
+            ids = ids[::-1]                                  # in the first case a slice of the table would fit too
         rows = [ids[i % count] for i in range(length)]
         want = torch.stack([table[i] for i in rows])
         longer = max(0, length - count)
