@@ -2,9 +2,10 @@
 
     run(source, "scale", grid=4, block=256, args=[x, y, 1000, 2.0])
 
-Every thread of a block is run, in several orders. An access outside an argument, a race between two barriers, a
-barrier or shuffle that not all threads reach, and a result that depends on the order of the threads are errors
-with the line. A pass here is a pass of the emulator (kernels/emulator), not of a GPU, and says nothing of speed.
+Not finished: it has run a correct kernel, and crashed the process on faulty ones; nothing uses it yet. What it is
+to do: every thread of a block is run, in several orders. An access outside an argument, a race between two
+barriers, a barrier or shuffle that not all threads reach, and a result that depends on the order of the threads are
+errors with the line. A pass here is a pass of the emulator (kernels/emulator), not of a GPU, and says nothing of speed.
 """
 
 from __future__ import annotations
