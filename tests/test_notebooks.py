@@ -255,6 +255,7 @@ RAISED = nbformat.v4.new_output("error", ename="KeyError", evalue="x", traceback
 def test_a_notebook_that_ran_has_no_faults():
     assert ran([done(), done(2, ["exercise"], [checked("not attempted")])]) == []
     assert ran([done(1, ["raises-exception"], [RAISED])]) == []
+    assert ran([done(1, ["exercise"], [checked("not checked")])], version="solutions") == []
 
 
 @pytest.mark.parametrize(
@@ -271,6 +272,7 @@ def test_a_notebook_that_ran_has_no_faults():
         ([done(1, ["exercise"])], {}, "no check was shown"),
         ([done(1, ["exercise"], [checked("passed")])], {}, "is 'passed', expected 'not attempted'"),
         ([done(1, ["exercise"], [checked("not attempted")])], {"version": "solutions"}, "expected 'passed'"),
+        ([done(1, ["exercise"], [checked("not checked")])], {}, "is 'not checked', expected 'not attempted'"),
         ([done(1, ["exercise"], [checked("broken")])], {"version": "solutions"}, "is 'broken'"),
     ],
 )

@@ -6,9 +6,9 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from minipeft.checks.frame import _EXERCISES, Case, Check, Draw, Exercise, Refused, exercise
+from minipeft.checks.frame import _EXERCISES, Case, Check, Draw, Exercise, NotHere, Refused, exercise
 
-__all__ = ["Case", "Check", "Draw", "Exercise", "Refused", "exercise", "exercises"]
+__all__ = ["Case", "Check", "Draw", "Exercise", "NotHere", "Refused", "exercise", "exercises"]
 
 
 def exercises(chapter: str | None = None) -> dict[str, Exercise]:

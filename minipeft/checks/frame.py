@@ -13,7 +13,7 @@ A check is a function that draws cases. The frame calls the student's answer on 
                 mistakes={"divided instead of multiplied": lambda x=x, alpha=alpha: x / alpha},
             )
 
-    scale(my_answer)        # -> Check: passed, failed (why), not attempted, or broken
+    scale(my_answer)        # -> Check: passed, failed (why), not attempted, not checked, or broken
 
 - The seed is fresh each time (os.urandom) and printed on a failure; `scale(my_answer, seed=…)`
   repeats it.
@@ -23,6 +23,7 @@ A check is a function that draws cases. The frame calls the student's answer on 
   must miss by more than 100 tolerances, and every named mistake must be wrong in some case.
   Otherwise the check says that it is *broken*, whatever the answer was.
 - None, `...` and NotImplementedError are *not attempted*, never *passed*.
+- *not checked* is an answer that this machine cannot judge, for want of a compiler, say.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ MARGIN = 100  # how many tolerances a vacuous answer must miss by
 FEWEST_CASES = 3
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 CHECK_MIME = "application/vnd.minipeft.check+json"  # read by the notebook runner
-COLOUR = {"passed": "#009E73", "failed": "#D55E00", "not attempted": "#6e7781", "broken": "#CC79A7"}
+COLOUR = {"passed": "#009E73", "failed": "#D55E00", "not attempted": "#6e7781", "not checked": "#6e7781", "broken": "#CC79A7"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Check:
     """What a check found. True in a condition only if it passed."""
 
     exercise: str
-    status: str  # "passed", "failed", "not attempted" or "broken"
+    status: str  # "passed", "failed", "not attempted", "not checked" or "broken"
     why: str = ""
     case: str = ""  # the arguments for which it failed
     likely: str = ""  # the mistake that gives exactly this answer, if there is one
@@ -107,6 +108,7 @@ class Case:
     observe     (returned, given after the call, given) -> the value to judge, for functions that work
                 in place; raises `Refused` with the reason
     may_change  names in `given` that the function may change
+    told        what `given` cannot say of the case, for the report of a failure
     """
 
     given: dict[str, Any]
@@ -116,6 +118,7 @@ class Case:
     test: Callable[[Any, dict], str | None] | None = None
     observe: Callable[[Any, dict, dict], Any] | None = None
     may_change: tuple[str, ...] = ()
+    told: str = ""
 
     @property
     def like(self) -> torch.Tensor | None:
@@ -144,6 +147,10 @@ class Case:
 
 class Refused(Exception):
     """Raised by a case's `observe`: the answer is wrong, and the message says why."""
+
+
+class NotHere(Exception):
+    """Raised by a case's `observe`: this machine cannot judge the answer, and the message says why."""
 
 
 class Draw:
@@ -211,8 +218,8 @@ class Exercise:
         for number, case in enumerate(cases, start=1):
             status, why, likely = self._ask(answer, case, first=number == 1)
             if status == "failed":
-                return {"status": status, "why": why, "likely": likely, "case": describe(case.given)}
-            if status == "not attempted":
+                return {"status": status, "why": why, "likely": likely, "case": case.told or describe(case.given)}
+            if status != "passed":
                 return {"status": status, "why": why}
         return {"status": "passed"}
 
@@ -236,6 +243,8 @@ class Exercise:
             reason = case.refuse(value)
         except Refused as refusal:
             return "failed", str(refusal), ""
+        except NotHere as reason:
+            return "not checked", str(reason), ""
         except Exception as error:  # an object that breaks when it is looked at
             return "failed", f"what it returned cannot be judged: {type(error).__name__}: {error}", ""
         if reason is None:
