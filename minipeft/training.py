@@ -53,6 +53,7 @@ class FitConfig:
 
     steps         optimizer steps; None takes as many as `epochs` passes over the data need
     batch_size    examples behind one optimizer step
+    shuffle       each epoch in an order of its own; False keeps the order of the data
     max_tokens    tokens on their way at one time, padding included: a batch is cut into as many passes
                   as that takes and their gradients are accumulated
     lr, schedule  peak rate; after the warm-up it falls along a cosine or a line to 0, or stays
@@ -72,6 +73,7 @@ class FitConfig:
     steps: int | None = None
     epochs: float = 1
     batch_size: int = 16
+    shuffle: bool = True
     max_tokens: int = 512
     lr: float = 1e-3
     schedule: str = "cosine"
@@ -106,6 +108,7 @@ class FitConfig:
             check(name, whole(1), "a whole number from 1")
         for name in ("eval_every", "patience", "save_every", "seed"):
             check(name, whole(0), "a whole number from 0")
+        check("shuffle", lambda v: isinstance(v, bool), "True or False")
         check("lr", lambda v: number(v) and v > 0, "a number above 0")
         for name in ("weight_decay", "clip"):
             check(name, lambda v: number(v) and v >= 0, "a number from 0")
@@ -216,10 +219,12 @@ def passes(rows: list[Row], max_tokens: int, lanes: int = 1) -> list[list[Row]]:
     return next((c for c in map(cut, limits) if len(c) <= fewest), cut(max_tokens))
 
 
-def batch_of(rows: Sequence[Row], batch_size: int, seed: int, step: int) -> list[Row]:
+def batch_of(rows: Sequence[Row], batch_size: int, seed: int, step: int, shuffle: bool = True) -> list[Row]:
     """The rows of one optimizer step, a function of (seed, step). Each epoch holds every row once."""
     n = len(rows)
     wanted = range(step * batch_size, (step + 1) * batch_size)
+    if not shuffle:
+        return [rows[i % n] for i in wanted]
     return [rows[epoch_order(rows, batch_size, seed, i // n)[i % n]] for i in wanted]
 
 
@@ -492,7 +497,7 @@ def _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision,
     lr = config.rate(step, steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    batch = batch_of(rows, config.batch_size, config.seed, step)
+    batch = batch_of(rows, config.batch_size, config.seed, step, config.shuffle)
     N = sum(1 if r.label is not None else len(r.answer or r.ids) - r.start for r in batch)
     total = 0.0
 

@@ -145,6 +145,18 @@ def test_an_epoch_holds_every_row_once_and_epochs_differ():
     assert [r.ids for r in training.batch_of(rows, 13, 6, 0)] != [r.ids for r in first]
 
 
+def test_unshuffled_steps_take_the_data_as_they_are_given():
+    rows = training.encode(llama(), TOKENIZER, DATA)               # 13
+    taken = [r for s in range(4) for r in training.batch_of(rows, 4, 5, s, shuffle=False)]
+    assert [id(r) for r in taken] == [id(rows[i % 13]) for i in range(16)]
+    first, second, twin = with_lora(), with_lora(), with_lora()
+    mp.fit(first, TOKENIZER, DATA[:4], config(steps=1, shuffle=False))
+    mp.fit(second, TOKENIZER, DATA, config(steps=1, shuffle=False, seed=7))
+    mp.fit(twin, TOKENIZER, DATA, config(steps=1, seed=7))
+    assert all(torch.equal(weights(first)[n], weights(second)[n]) for n in weights(first))
+    assert any(not torch.equal(weights(first)[n], weights(twin)[n]) for n in weights(first))
+
+
 def test_how_a_batch_is_cut_into_passes_does_not_change_the_step():
     results = []
     for limit in (10_000, 30, 1):
