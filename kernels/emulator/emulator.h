@@ -4,22 +4,26 @@
 //
 // The compiler reports every access to memory (-fsanitize=thread writes the calls; emulator.cpp answers them, not
 // the sanitiser's own library), so the text needs no change for bounds and races to be checked.
+//
+// Left out: shared memory whose size the launch gives (extern __shared__), textures, cooperative groups, streams.
 
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <type_traits>
 #include <utility>
 
 #define __global__
-#define __device__
+#define __device__ __attribute__((always_inline))   // so that an access is told with the line that called for it
 #define __host__
-#define __constant__
+#define __constant__ const
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
-#define __shared__ static                   // blocks run one after the other, so one copy is enough
+#define __shared__ static                           // blocks run one after the other, so one copy is enough
+#define EMULATED inline __attribute__((always_inline))
 
 struct dim3 {
     unsigned x, y, z;
@@ -27,65 +31,75 @@ struct dim3 {
 };
 
 namespace emulator {
+struct Place { dim3 thread, block, block_size, grid_size; };
+extern Place here;                                  // of the thread that runs
 struct Value { void* pointer; std::int64_t integer; double real; std::int64_t element_size; };
-// Filled for each thread before it runs on (emulator.cpp).
-extern dim3 thread, block, block_size, grid_size;
 void barrier(int line);
-std::uint64_t exchange(unsigned mask, std::uint64_t bits, int from_lane, int line);
+std::uint64_t exchange(unsigned mask, std::uint64_t bits, int from_lane, bool orders_memory, int line);
 int lane();
 void atomic(bool begins);
-[[noreturn]] void stop(const char* why);
 
-template <class T> T argument(const Value& v) {
+template <class T> __attribute__((no_sanitize_thread)) T argument(const Value& v) {
     if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(v.pointer);
     else if constexpr (std::is_floating_point_v<T>) return static_cast<T>(v.real);
     else return static_cast<T>(v.integer);
 }
-// Calls the kernel with arguments of the types that it wants.
-template <class... T> void call(void (*kernel)(T...), const Value* values) {
-    [&]<std::size_t... i>(std::index_sequence<i...>) { kernel(argument<std::remove_cv_t<T>>(values[i])...); }(std::index_sequence_for<T...>());
+template <class... T, std::size_t... i>
+__attribute__((no_sanitize_thread)) void call(void (*kernel)(T...), const Value* values, std::index_sequence<i...>) {
+    kernel(argument<std::remove_cv_t<T>>(values[i])...);
 }
-// Bytes that each argument points at, 0 for a number, -1 for a real number: for the caller to check.
-template <class... T> int signature(void (*)(T...), int* sizes) {
-    auto size = []<class A>(std::type_identity<A>) {
-        if constexpr (std::is_pointer_v<A>) return static_cast<int>(sizeof(std::remove_pointer_t<A>));
-        else return std::is_floating_point_v<A> ? -1 : 0;
-    };
+// Calls the kernel with arguments of the types that it wants.
+template <class... T> void call(void (*kernel)(T...), const Value* values) { call(kernel, values, std::index_sequence_for<T...>()); }
+// Bytes that an argument points at, 0 for a number, -1 for a real number: for the caller to check.
+template <class A> constexpr int points_at() {
+    if constexpr (std::is_pointer_v<A>) return static_cast<int>(sizeof(std::remove_pointer_t<A>));
+    else return std::is_floating_point_v<A> ? -1 : 0;
+}
+template <class... T> __attribute__((no_sanitize_thread)) int signature(void (*)(T...), int* sizes) {
     int i = 0;
-    ((sizes[i++] = size(std::type_identity<std::remove_cv_t<T>>())), ...);
+    ((sizes[i++] = points_at<std::remove_cv_t<T>>()), ...);
     return sizeof...(T);
 }
-template <class T> T shuffle(unsigned mask, T v, int from, int line) {
+template <class T> EMULATED T shuffle(unsigned mask, T v, int from, int line) {
     std::uint64_t bits = 0;
     static_assert(sizeof(T) <= 8);
     std::memcpy(&bits, &v, sizeof(T));
-    bits = exchange(mask, bits, from, line);
+    bits = exchange(mask, bits, from, false, line);
     std::memcpy(&v, &bits, sizeof(T));
     return v;
 }
+inline void warp_barrier(int line, unsigned mask = 0xffffffffu) { exchange(mask, 0, lane(), true, line); }
 }  // namespace emulator
 
-#define threadIdx emulator::thread
-#define blockIdx emulator::block
-#define blockDim emulator::block_size
-#define gridDim emulator::grid_size
+#define threadIdx emulator::here.thread
+#define blockIdx emulator::here.block
+#define blockDim emulator::here.block_size
+#define gridDim emulator::here.grid_size
 #define warpSize 32
 #define __syncthreads() emulator::barrier(__LINE__)
-#define __syncwarp(...) ((void)emulator::shuffle(0xffffffffu, 0, emulator::lane(), __LINE__))
+#define __syncwarp(...) emulator::warp_barrier(__LINE__ __VA_OPT__(,) __VA_ARGS__)
 #define __shfl_sync(mask, v, from) emulator::shuffle(mask, v, from, __LINE__)
 #define __shfl_xor_sync(mask, v, bits) emulator::shuffle(mask, v, emulator::lane() ^ (bits), __LINE__)
 #define __shfl_down_sync(mask, v, by) emulator::shuffle(mask, v, emulator::lane() + (by), __LINE__)
+#define __shfl_up_sync(mask, v, by) emulator::shuffle(mask, v, emulator::lane() - (by), __LINE__)
 
-template <class T> T atomicAdd(T* p, T v) {
+template <class T, class V> EMULATED T atomicAdd(T* p, V v) {
     emulator::atomic(true);
     T before = *p;
-    *p = before + v;
+    *p = before + static_cast<T>(v);
     emulator::atomic(false);
     return before;
 }
-template <class T> T __ldg(const T* p) { return *p; }
-template <class A, class B> auto min(A a, B b) { return a < b ? a : b; }
-template <class A, class B> auto max(A a, B b) { return a < b ? b : a; }
+template <class T, class V> EMULATED T atomicMax(T* p, V v) {
+    emulator::atomic(true);
+    T before = *p;
+    *p = before < static_cast<T>(v) ? static_cast<T>(v) : before;
+    emulator::atomic(false);
+    return before;
+}
+template <class T> EMULATED T __ldg(const T* p) { return *p; }
+template <class A, class B> EMULATED auto min(A a, B b) { return a < b ? a : b; }
+template <class A, class B> EMULATED auto max(A a, B b) { return a < b ? b : a; }
 
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };

@@ -2,10 +2,12 @@
 
     run(source, "scale", grid=4, block=256, args=[x, y, 1000, 2.0])
 
-Not finished: it has run a correct kernel, and crashed the process on faulty ones; nothing uses it yet. What it is
-to do: every thread of a block is run, in several orders. An access outside an argument, a race between two
-barriers, a barrier or shuffle that not all threads reach, and a result that depends on the order of the threads are
-errors with the line. A pass here is a pass of the emulator (kernels/emulator), not of a GPU, and says nothing of speed.
+Every thread of a block is run, in several orders. An access outside an argument, a race between two barriers, a
+barrier or shuffle that not all threads reach, a loop without end, and a result that depends on the order of the
+threads are errors with the line. The kernel runs in a process of its own: what it breaks, it breaks there.
+
+A pass here is a pass of the emulator (kernels/emulator), not of a GPU, and says nothing of speed. It wants Linux
+and GCC, whose thread sanitiser marks every access to memory.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,8 +35,12 @@ class EmulatorError(RuntimeError):
     """The kernel does not compile, or did something that a GPU would not forgive; the message says what and where."""
 
 
-class _Value(ctypes.Structure):
+class _Value(ctypes.Structure):     # the three structures of kernels/emulator
     _fields_ = [("pointer", ctypes.c_void_p), ("integer", ctypes.c_int64), ("real", ctypes.c_double), ("element_size", ctypes.c_int64)]
+
+
+class _Variable(ctypes.Structure):
+    _fields_ = [("offset", ctypes.c_int64), ("bytes", ctypes.c_int64), ("name", ctypes.c_char_p), ("shared", ctypes.c_bool)]
 
 
 def run(source: str | Path, kernel: str, grid, block, args, *, orders=ORDERS) -> None:
@@ -57,25 +64,32 @@ class Program:
         self.name = source.name if isinstance(source, Path) else "kernel.cu"
         self.kernels = kernels
         self.file = _compiled(text, self.name, source.parent if isinstance(source, Path) else source_folder() / "cuda", kernels)
-        self.machine = ctypes.CDLL(str(_machine()), mode=ctypes.RTLD_GLOBAL)
-        self.library = ctypes.CDLL(str(self.file))
-        self.statics = _statics(self.file)
+        try:
+            self.machine = ctypes.CDLL(str(_machine()), mode=ctypes.RTLD_GLOBAL)
+            self.library = ctypes.CDLL(str(self.file))
+        except OSError as error:
+            raise EmulatorError(f"what the compiler made cannot be loaded (the emulator wants Linux and GCC): {error}") from None
+        self.variables = _variables(self.file)
 
     def run(self, kernel: str, grid, block, args, *, orders=ORDERS) -> None:
         """As the function `run`, for one of `kernels`."""
         number = self.kernels.index(kernel)
         grid, block = ([*(n if isinstance(n, (tuple, list)) else [n]), 1, 1][:3] for n in (grid, block))
-        if not 0 < block[0] * block[1] * block[2] <= 1024 or min(grid) < 1:
-            raise EmulatorError(f"block {tuple(block)}, grid {tuple(grid)}: a block has 1 to 1024 threads, a grid at least 1 block")
+        if not 0 < block[0] * block[1] * block[2] <= 1024 or min(*grid, *block) < 1 or max(grid[1:]) > 65535:
+            raise EmulatorError(f"block {tuple(block)}, grid {tuple(grid)}: a block has 1 to 1024 threads, a grid at "
+                                "least 1 block, and at most 65535 in its second and third direction")
         self._check(number, kernel, args)
         first = None
         for order in orders:
-            now = [a.clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args]
-            self._once(number, kernel, grid, block, now, ORDERS.index(order))
+            now = _copies(args)
+            self._once(number, kernel, grid, block, now, order)
             first = first or now
             for i, (a, b) in enumerate(zip(first, now, strict=True)):
                 if isinstance(a, Tensor) and not torch.equal(_bytes(a), _bytes(b)):
-                    raise EmulatorError(f"{kernel}: argument {i} depends on the order of the threads ({orders[0]} against {order})")
+                    at = int((_bytes(a) != _bytes(b)).nonzero()[0])
+                    line = self._once(number, kernel, grid, block, _copies(args), order, watch=(i, at))
+                    raise EmulatorError(f"{kernel}{line}: argument {i}, element {at // a.element_size()}, depends on the "
+                                        f"order of the threads ({orders[0]} against {order})")
         for a, b in zip(args, first or args, strict=True):
             if isinstance(a, Tensor):
                 a.copy_(b)
@@ -89,45 +103,55 @@ class Program:
             pointer = a is None or isinstance(a, Tensor)
             if pointer != (size > 0):
                 raise EmulatorError(f"{kernel}: argument {i} is {'a pointer' if size > 0 else 'a number'}; a {type(a).__name__} is given")
-            if isinstance(a, Tensor) and a.element_size() != size:
-                raise EmulatorError(f"{kernel}: argument {i} points at elements of {size} bytes; the tensor is {a.dtype}")
+            if isinstance(a, Tensor) and (a.element_size() != size or a.device.type != "cpu"):
+                raise EmulatorError(f"{kernel}: argument {i} points at elements of {size} bytes on the CPU; the tensor is {a.dtype} on {a.device}")
 
-    def _once(self, number, kernel, grid, block, args, ordering) -> None:
+    def _once(self, number, kernel, grid, block, args, order, watch=(-1, 0)) -> str:
+        """Run in one order; args are changed. The line of the last write to `watch`, (argument, byte)."""
         n = len(args)
-        values, sizes, names = (_Value * max(n, 1))(), (ctypes.c_int64 * max(n, 1))(), (ctypes.c_char_p * max(n, 1))()
+        values, sizes = (_Value * max(n, 1))(), (ctypes.c_int64 * max(n, 1))()
         for i, a in enumerate(args):
-            names[i] = f"argument {i}".encode()
             sizes[i] = a.numel() * a.element_size() if isinstance(a, Tensor) else -1
             values[i] = (_Value(a.data_ptr(), 0, 0.0, a.element_size()) if isinstance(a, Tensor)
                          else _Value(None, int(a or 0), float(a or 0), 0))
-        statics = (ctypes.c_int64 * max(2 * len(self.statics), 1))(*[v for _, at, size in self.statics for v in (at, size)])
-        static_names = (ctypes.c_char_p * max(len(self.statics), 1))(*[name.encode() for name, *_ in self.statics])
-        text, offset = ctypes.create_string_buffer(1000), ctypes.c_uint64()
+        variables = (_Variable * max(len(self.variables), 1))(*self.variables)
+        text, places = ctypes.create_string_buffer(1000), (ctypes.c_uint64 * 2)()
         failed = self.machine.emulator_run(
             getattr(self.library, f"emulator_entry_{number}"), (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), values,
-            sizes, names, n, statics, static_names, len(self.statics), ordering, 1, text, ctypes.c_size_t(len(text)), ctypes.byref(offset))
+            sizes, n, variables, len(self.variables), ORDERS.index(order), (ctypes.c_int64 * 2)(*watch), text,
+            ctypes.c_size_t(len(text)), places)
+        line, other = (self._line(place) for place in places)
         if failed:
-            raise EmulatorError(f"{kernel}{self._line(offset.value)}: {text.value.decode()} (order of the threads: {ORDERS[ordering]})")
+            other = f" (that was{other.replace(',', '')})" if other else ""
+            raise EmulatorError(f"{kernel}{line}: {text.value.decode()}{other}; order of the threads: {order}")
+        return line
 
-    def _line(self, offset: int) -> str:
-        if not offset or not shutil.which("addr2line"):
+    def _line(self, place: int) -> str:
+        """", line 12" for a place in the library; "" if that is not known."""
+        if not place or not shutil.which("addr2line"):
             return ""
-        answer = subprocess.run(["addr2line", "-i", "-e", str(self.file), hex(offset - 1)], text=True, capture_output=True).stdout
-        for place in answer.splitlines():      # the innermost place that is in the student's own text
-            if match := re.search(rf"{re.escape(self.name)}:(\d+)", place):
-                return f", line {match[1]}"
-        return ""
+        answer = subprocess.run(["addr2line", "-i", "-e", str(self.file), hex(place - 1)], text=True, capture_output=True).stdout
+        found = [(Path(file).name, line) for file, line in re.findall(r"(.*):(\d+)", answer)]
+        for name, line in found:               # the innermost place that is in the student's own text
+            if name == self.name:
+                return f", line {line}"
+        return next((f", {name} line {line}" for name, line in found if name.endswith(".cuh")), "")
+
+
+def _copies(args) -> list:
+    return [a.clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args]
 
 
 def _bytes(t: Tensor) -> Tensor:
     return t.reshape(-1).view(torch.uint8)
 
 
+@cache
 def _machine() -> Path:
     """emulator.cpp, compiled."""
     source = source_folder() / "emulator"
     return _build((source / "emulator.cpp").read_text() + (source / "emulator.h").read_text(),
-                  ["-O2", "-shared", "-I", str(source), str(source / "emulator.cpp")], "emulator.cpp")
+                  ["-O2", "-U_FORTIFY_SOURCE", "-shared", "-I", str(source), str(source / "emulator.cpp")], "emulator.cpp")
 
 
 def _compiled(text: str, name: str, folder: Path, kernels: list[str]) -> Path:
@@ -148,7 +172,7 @@ def _compiled(text: str, name: str, folder: Path, kernels: list[str]) -> Path:
 
 def _build(key: str, arguments: list[str], name: str, link: Path | None = None) -> Path:
     """The library made by the compiler with these arguments, from the cache if it has been made before."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler or not shutil.which(compiler):
         raise EmulatorError("the emulator needs a C++ compiler, and none is found (on Debian and Ubuntu: the package g++)")
     stem = hashlib.sha256(f"{compiler} {name} {key}".encode()).hexdigest()[:16]
@@ -180,12 +204,8 @@ def _readable(stderr: str, name: str) -> str:
     return "does not compile:\n  " + "\n  ".join(errors[:5] or stderr.splitlines()[-3:])
 
 
-def _statics(library: Path) -> list[tuple[str, int, int]]:
-    """(name, offset, bytes) of each variable of the library: its __shared__ arrays."""
+def _variables(library: Path) -> list[_Variable]:
+    """The variables of the library. Those of a function are its __shared__ ones."""
     answer = subprocess.run(["nm", "-C", "-S", "--defined-only", str(library)], text=True, capture_output=True).stdout
-    found = []
-    for line in answer.splitlines():
-        if match := re.match(r"([0-9a-f]+) ([0-9a-f]+) [bBdDuVv] (.*)", line):
-            at, size, name = match.groups()
-            found.append((name.split("::")[-1], int(at, 16), int(size, 16)))
-    return found
+    found = re.findall(r"^([0-9a-f]+) ([0-9a-f]+) [bBdDuVv] (.*)$", answer, re.MULTILINE)
+    return [_Variable(int(at, 16), int(size, 16), name.rpartition("::")[2].encode(), ")::" in name) for at, size, name in found]
