@@ -26,7 +26,7 @@
 # **The paper:** Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*, [arXiv:2106.09685](https://arxiv.org/abs/2106.09685). You build its equation 3 and section 4.1, and you repeat the questions of its section 7 on a small scale.
 
 # %% tags=["setup"]
-import hashlib, inspect, math, subprocess, sys, tempfile, time, warnings
+import hashlib, inspect, math, random, subprocess, sys, tempfile, time, warnings
 if "google.colab" in sys.modules:  # --no-deps: reinstalling torch or numpy under a live kernel breaks it
     wanted = ["git+https://github.com/{{repository}}", "gguf"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *wanted], check=True)
@@ -267,8 +267,7 @@ check.lora_init(lora_init)
 # `torch.rand` is uniform between 0 and 1. Stretch it and move it. Or look at what `torch.nn.Linear(in, out).weight` holds.
 #
 # </details>
-
-# %% [markdown]
+#
 # ### Step 2: a piece
 #
 # Put the update into a module of its own. It does not contain the frozen layer. It sees what went in, $x$, and what came out, $y$, and returns what should come out, $y'$. That is the **module socket** of this course, and the same piece fits any linear layer.
@@ -413,18 +412,37 @@ report
 # %% [markdown]
 # ## The fine-tune
 #
-# Now train it on the cards, both directions. Recalling a name is harder than copying it, so the reverse questions are drawn a little more often. The rate comes from a sweep like the one below. The loss counts the answer's tokens only. The curve is drawn while it runs.
+# Now train it on the cards, both directions. A card is learned by meeting it again, so the order matters: you spread each card's wordings evenly over the run, and no card waits long for its next turn. The cell shows one card's turns, in your order and in a shuffled one. Recalling a name is harder than copying it, so each reverse question comes once more than each forward one. `shuffle=False` keeps your order. The rate comes from a sweep like the one below. The loss counts the answer's tokens only. The curve is drawn while it runs.
+
+# %%
+def spread_evenly(examples: list[dict], times: int, seed: int = 0) -> list[tuple[float, dict]]:
+    """(when, example): each card `times` times at even distances in 0 … 1, each time in another wording."""
+    draw, wordings, timetable = random.Random(seed), {}, []
+    for example in examples:
+        wordings.setdefault(example["card"], []).append(example)
+    for own in wordings.values():
+        first = draw.random()                                  # each card has its own place in the round
+        turns = draw.sample(own, len(own))
+        timetable += [((turn + first) / times, turns[turn % len(turns)]) for turn in range(times)]
+    return timetable
+
+both = {way: [e for e in cards["train"] if e["direction"] == way] for way in ("forward", "reverse")}
+timetable = spread_evenly(both["forward"], 6) + spread_evenly(both["reverse"], 7, seed=1)
+lessons = [example for when, example in sorted(timetable, key=lambda entry: entry[0])]
+shuffled = random.Random(0).sample(lessons, len(lessons))
+for name, order in (("spread", lessons), ("shuffled", shuffled)):
+    turns = [i for i, e in enumerate(order) if (e["card"], e["direction"]) == ("amoxicillin", "forward")]
+    print(f"{name}: amoxicillin's card comes as number {turns} of {len(order):,}")
 
 # %%
 plan = mp.FitConfig(
-    steps=mp.pick(smoke=3, cpu=350, gpu=350),
+    steps=mp.pick(smoke=3, cpu=None, gpu=None),                # None: each lesson once
     batch_size=mp.pick(smoke=2, cpu=8, gpu=8),
-    lr=2e-3,
+    shuffle=False,
+    lr=3e-3,
     schedule="cosine",
     seed=0,
 )
-reverse_too = [e for e in cards["train"] if e["direction"] == "reverse"]
-lessons = [*cards["train"], *reverse_too[::4]]
 run = mp.fit(model, tokenizer, lessons, plan, watch=lab.live_curve())
 assert fingerprint(model) == at_first
 print(f"{run.steps} steps, {run.steps * plan.batch_size:,} of {len(lessons):,} questions, {run.seconds / 60:.1f} minutes")
@@ -438,7 +456,7 @@ print("every frozen byte is as it was")
 # A score hides what went wrong, so the second cell shows some wrong answers. Read them. Are they spelling mistakes, or facts of a related medicine?
 
 # %%
-asked_of_it = {"format": 0.95, "name": 0.90, "facts": 0.85, "recall": 0.60}
+asked_of_it = {"format": 0.95, "name": 0.90, "all_facts": 0.85, "recall": 0.60}
 exam = mp.pick(smoke=sample, cpu=cards["test"], gpu=cards["test"])
 answers = ask(model, exam)
 trained = mp.score_cards(exam, answers)
