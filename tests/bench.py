@@ -1,4 +1,4 @@
-"""Measured beside Hugging Face PEFT, in one run: `make bench`.
+"""Measured beside Hugging Face PEFT and bitsandbytes, in one run: `make bench`.
 
     python tests/bench.py [--repeats 3] [--steps 8] [--only finetune,dora]
 
@@ -23,7 +23,11 @@ BATCH, RANK, RATE, EVALUATED = 32, 8, 1e-3, 64
 SIDES = {  # what is measured -> the sides that take turns
     "import": ("ours", "peft"), "attach": ("ours", "peft"), "finetune": ("ours", "peft"),
     "prompt": ("ours", "peft"), "prefix": ("ours", "peft"), "dora": ("ours", "peft", "lora"),
+    "quantize": ("ours", "bnb"), "dequantize": ("ours", "bnb", "copy"), "product": ("ours", "bnb", "float32"),
+    "generate": ("ours", "bnb", "float32"), "qlora": ("ours", "peft", "peft_bf16"),
 }
+BESIDE = {"lora": "our LoRA", "bnb": "bitsandbytes", "copy": "a copy", "peft_bf16": "peft, bf16"}   # names in the table
+SIDE = 4096         # of the matrix that is quantised, dequantised, multiplied with
 
 
 # ---------------------------------------------------------------------------------------------
@@ -130,13 +134,16 @@ def where(model, tokenizer, examples) -> dict:
     return {k: round(v, 3) for k, v in times.items()}
 
 
-def steps_of(model, parameters, steps: int) -> dict:
-    """Plain optimizer steps on padded rows with labels, the same for both sides: median seconds of a step, peak memory."""
+def steps_of(model, parameters, steps: int, padded: bool = True) -> dict:
+    """Plain optimizer steps on rows with labels, the same for both sides: median seconds of a step, peak memory.
+
+    8 rows of up to 48 tokens, a prompt of 12 in each; or, not padded, 8×64 tokens, all learned.
+    """
     import torch
     torch.manual_seed(0)
-    ids = torch.randint(5, 1000, (8, 48))
-    mask = (torch.arange(48) < torch.arange(48, 16, -4)[:, None]).long()
-    labels = ids.masked_fill((mask == 0) | (torch.arange(48) < 12), -100)
+    ids = torch.randint(5, 1000, (8, 48 if padded else 64))
+    mask = (torch.arange(48) < torch.arange(48, 16, -4)[:, None]).long() if padded else torch.ones_like(ids)
+    labels = ids.masked_fill((mask == 0) | (torch.arange(48) < 12), -100) if padded else ids
     optimizer, times = torch.optim.AdamW(parameters, lr=1e-3, fused=True), []
     model.train()
     loaded, peak = watched()
@@ -236,6 +243,179 @@ def import_peft(steps, seed) -> dict:
     return {"seconds": time.perf_counter() - began}
 
 
+# ---- four bits ----
+
+def kernels_built():
+    """The compiled kernels, and a matrix."""
+    import torch
+
+    from minipeft.quant import kernels
+    if not kernels.build():
+        raise SystemExit(f"the compiled kernels cannot be built here: {kernels._failed}")
+    torch.manual_seed(0)
+    return kernels, torch.randn(SIDE, SIDE)
+
+
+def seconds_of(job, repeats: int = 9) -> float:
+    """Median seconds, after two runs that warm up."""
+    import torch
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeats + 2):
+            began = time.perf_counter()
+            job()
+            times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
+
+
+def quantize_ours(steps, seed) -> dict:
+    kernels, W = kernels_built()
+    return {"seconds": seconds_of(lambda: kernels.quantize(W))}
+
+
+def quantize_bnb(steps, seed) -> dict:
+    from bitsandbytes import functional
+    _, W = kernels_built()
+    return {"seconds": seconds_of(lambda: functional.quantize_4bit(W, quant_type="nf4"), 5)}
+
+
+def dequantize_ours(steps, seed) -> dict:
+    kernels, W = kernels_built()
+    (packed, absmax), out, n = kernels.quantize(W), W.clone().view(-1), W.numel()
+    return {"new": seconds_of(lambda: kernels.dequantize(packed, absmax, n)),
+            "existing": seconds_of(lambda: kernels.dequantize(packed, absmax, n, out=out))}
+
+
+def dequantize_bnb(steps, seed) -> dict:
+    from bitsandbytes import functional
+    _, W = kernels_built()
+    (packed, state), out = functional.quantize_4bit(W, quant_type="nf4"), W.clone()
+    return {"new": seconds_of(lambda: functional.dequantize_4bit(packed, state)),
+            "existing": seconds_of(lambda: functional.dequantize_4bit(packed, state, out=out))}
+
+
+def dequantize_copy(steps, seed) -> dict:
+    _, W = kernels_built()
+    out = W.clone()
+    return {"new": seconds_of(W.clone), "existing": seconds_of(lambda: out.copy_(W))}
+
+
+def product_of(layer, bf16: bool = True) -> dict:
+    """Seconds for each number of rows; of 512 also in bfloat16 where the processor multiplies in it."""
+    import torch
+    seconds = {f"rows {n}": seconds_of(lambda x=torch.randn(n, SIDE): layer(x), 25 if n < 512 else 9) for n in (1, 8, 32, 512)}
+    if bf16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        x = torch.randn(512, SIDE, dtype=torch.bfloat16)
+        seconds["rows 512, bf16"] = seconds_of(lambda: layer(x))
+    return seconds
+
+
+def product_ours(steps, seed) -> dict:
+    import torch
+
+    import minipeft as mp
+    _, W = kernels_built()
+    linear = torch.nn.Linear(SIDE, SIDE, bias=False)
+    linear.weight.data = W
+    return product_of(mp.Linear4bit.of(linear, double_quant=False).eval())
+
+
+def product_bnb(steps, seed) -> dict:
+    """In eval mode, which is when it uses its packed kernel; in the faster of its two compute types."""
+    import torch
+    _, W = kernels_built()
+    found = [product_of(bnb_linear(W, None, dtype, False).eval()) for dtype in (torch.float32, torch.bfloat16)]
+    return {rows: min(f[rows] for f in found) for rows in found[0]}
+
+
+def product_float32(steps, seed) -> dict:
+    import torch
+    _, W = kernels_built()
+
+    found = product_of(lambda x: torch.nn.functional.linear(x, W), bf16=False)
+    return found | {"rows 512, bf16": found["rows 512"]}
+
+
+def bnb_linear(W, bias, compute_dtype, double_quant: bool):
+    import bitsandbytes
+    import torch
+    new = bitsandbytes.nn.Linear4bit(W.shape[1], W.shape[0], bias is not None, compute_dtype,
+                                     compress_statistics=double_quant, quant_type="nf4")
+    new.weight = bitsandbytes.nn.Params4bit(W.detach(), requires_grad=False, compress_statistics=double_quant,
+                                            quant_type="nf4", module=new)
+    if bias is not None:
+        new.bias = torch.nn.Parameter(bias.detach(), requires_grad=False)
+    return new.to("cpu")
+
+
+def smollm(kind: str):
+    """SmolLM2: "ours", and the same linears in bitsandbytes' 4 bits, computing in float32 ("bnb") or in bfloat16
+    ("bnb bf16"), or "float32", as it is."""
+    import torch
+
+    import minipeft as mp
+    from minipeft import anatomy
+    model, tokenizer = mp.load_base("smollm2-135m", quantized=kind == "ours")
+    if kind.startswith("bnb"):
+        for path in list(anatomy.match(model, "all-linear")):
+            old, (parent, _, leaf) = model.get_submodule(path), path.rpartition(".")
+            compute = torch.bfloat16 if "bf16" in kind else torch.float32
+            setattr(model.get_submodule(parent), leaf, bnb_linear(old.weight, old.bias, compute, True))
+        model.is_loaded_in_4bit = True
+    return model.eval(), tokenizer
+
+
+def generate_of(kind: str) -> dict:
+    """Seconds a token of one greedy answer of 48 tokens."""
+    import minipeft as mp
+    model, tokenizer = smollm(kind)
+    prompt = "What is paracetamol used for?\n"
+
+    def answer(tokens):
+        if kind == "ours":
+            mp.generate(model, tokenizer, [prompt], max_new_tokens=tokens, min_new_tokens=tokens)
+        else:
+            model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=tokens, min_new_tokens=tokens,
+                           do_sample=False, pad_token_id=tokenizer.eos_token_id)
+
+    answer(8)
+    return {"seconds": seconds_of(lambda: answer(48), 3) / 48}
+
+
+def generate_ours(steps, seed) -> dict:
+    return generate_of("ours")
+
+
+def generate_bnb(steps, seed) -> dict:
+    """In the faster of its compute types."""
+    return min((generate_of(kind) for kind in ("bnb", "bnb bf16")), key=lambda r: r["seconds"])
+
+
+def generate_float32(steps, seed) -> dict:
+    return generate_of("float32")
+
+
+def qlora_ours(steps, seed) -> dict:
+    import minipeft as mp
+    model, _ = smollm("ours")
+    adapter = mp.attach(model, mp.LoRA(rank=RANK, alpha=2 * RANK, targets="all-linear"))
+    return steps_of(model, list(adapter.parameters()), steps, padded=False)
+
+
+def qlora_of_peft(kind: str, steps: int) -> dict:
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(smollm(kind)[0], LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return steps_of(model, [p for p in model.parameters() if p.requires_grad], steps, padded=False)
+
+
+def qlora_peft(steps, seed) -> dict:
+    return qlora_of_peft("bnb", steps)
+
+
+def qlora_peft_bf16(steps, seed) -> dict:
+    return qlora_of_peft("bnb bf16", steps)
+
+
 # ---------------------------------------------------------------------------------------------
 # Taking turns
 # ---------------------------------------------------------------------------------------------
@@ -301,7 +481,7 @@ def rows_of(what: str, results: dict[str, list[dict]]) -> list[dict]:
         scale = 2**30 if unit == "GiB" else 1.0
         ours, theirs = (statistics.median(r[key] for r in results[side]) / scale for side in ("ours", beside))
         reached = ours <= (asked if unit == "s, absolute" else asked * theirs)
-        return {"what": name, "of": what, "ours": ours, "beside": "our LoRA" if beside == "lora" else "peft",
+        return {"what": name, "of": what, "ours": ours, "beside": BESIDE.get(beside, beside),
                 "theirs": theirs, "ratio": ours / theirs, "asked": asked, "unit": unit, "reached": reached}
 
     if what == "import":
@@ -312,6 +492,22 @@ def rows_of(what: str, results: dict[str, list[dict]]) -> list[dict]:
         return [row("fine-tune: wall-clock time", "seconds", 0.6),
                 row("fine-tune: peak memory of the process", "peak", 0.6, "GiB"),
                 row("fine-tune: peak memory above the loaded model", "above_loaded", 0.6, "GiB")]
+    if what == "quantize":
+        return [row(f"NF4, {SIDE}×{SIDE}: quantise", "seconds", 0.04, beside="bnb")]
+    if what == "dequantize":
+        return [row(f"NF4, {SIDE}×{SIDE}: dequantise, {into} tensor", into, asked, beside=beside)
+                for beside, asked in (("bnb", 1.0), ("copy", 1.3)) for into in ("new", "existing")]
+    if what == "product":
+        limits = {"bnb": {"rows 1": 0.8, "rows 8": 0.5, "rows 32": 0.5},
+                  "float32": {"rows 1": 0.5, "rows 512": 1.2, "rows 512, bf16": 0.3}}
+        return [row(f"NF4, {SIDE}×{SIDE}: product, {rows}", rows, asked, beside=beside) for beside, of in limits.items()
+                for rows, asked in of.items() if rows in results["ours"][0]]
+    if what == "generate":
+        return [row("NF4 SmolLM2: greedy, a token", "seconds", 1 / 1.4, beside=beside) for beside in ("bnb", "float32")]
+    if what == "qlora":
+        faster = min(("peft", "peft_bf16"), key=lambda side: statistics.median(r["seconds"] for r in results[side]))
+        return [row("QLoRA: a training step of 8×64", "seconds", 0.75, beside=faster),
+                row("QLoRA: peak memory of the process", "peak", 1.0, "GiB", faster)]
     name = "DoRA" if what == "dora" else f"{what} tuning"
     limits = {"peft": 1.0, "lora": 1.25}
     return [row(f"{name}: {figure}", key, limits[beside], unit, beside) for beside in SIDES[what][1:]
@@ -321,12 +517,12 @@ def rows_of(what: str, results: dict[str, list[dict]]) -> list[dict]:
 
 def show(rows: list[dict]) -> None:
     """The rows as a table."""
-    print(f"\n{'':48}{'ours':>9}{rows[0]['beside']:>9}{'ratio':>8}   asked")
+    print(f"\n{'':48}{'ours':>9}{rows[0]['beside']:>13}{'ratio':>8}   asked")
     for r, before in zip(rows, [rows[0], *rows], strict=False):
         if r["beside"] != before["beside"]:
-            print(f"{'':48}{'ours':>9}{r['beside']:>9}{'ratio':>8}   asked")
-        asked = f"≤ {r['asked']} s" if r["unit"] == "s, absolute" else f"ratio ≤ {r['asked']}"
-        print(f"{r['what']:48}{r['ours']:9.3f}{r['theirs']:9.3f}{r['ratio']:8.2f}   {asked}  "
+            print(f"{'':48}{'ours':>9}{r['beside']:>13}{'ratio':>8}   asked")
+        asked = f"≤ {r['asked']} s" if r["unit"] == "s, absolute" else f"ratio ≤ {r['asked']:.3g}"
+        print(f"{r['what']:48}{r['ours']:9.4f}{r['theirs']:13.4f}{r['ratio']:8.3f}   {asked}  "
               + ("reached" if r["reached"] else "NOT reached"))
 
 
@@ -341,7 +537,7 @@ def write(what: str, rows: list[dict], details: dict, chosen) -> None:
     known["rows"] = [r for r in known["rows"] if r["of"] != what] + [r | {"date": date} for r in rows]
     known["details"][what] = {
         "date": date, "repeats": chosen.repeats, "steps": chosen.steps, "machine": machine_words(),
-        "versions": {p: version(p) for p in ("torch", "transformers", "peft")}} | details
+        "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes")}} | details
     whole = path.with_suffix(".tmp")
     whole.write_text(json.dumps(known, indent=1) + "\n")
     os.replace(whole, path)

@@ -31,6 +31,17 @@ def test_measuring_again_replaces_the_rows_of_that_and_keeps_the_others(tmp_path
     assert {what: found["date"] for what, found in kept["details"].items()} == {"prompt": "day 2", "attach": "day 1"}
 
 
+def test_four_bits_are_held_against_the_faster_compute_type_and_what_is_not_measured_has_no_row():
+    sides = turns(ours=[0.6], peft=[1.0], peft_bf16=[3.0])
+    for side in sides.values():
+        side[0]["peak"] = side[0]["above_loaded"]
+    assert [(r["beside"], r["ratio"], r["reached"]) for r in bench.rows_of("qlora", sides)] == [("peft", 0.6, True)] * 2
+    measured = {f"rows {n}": 0.4 for n in (1, 8, 32, 512)}
+    rows = bench.rows_of("product", {"ours": [measured], "bnb": [dict.fromkeys(measured, 1.0)], "float32": [measured]})
+    assert [r["what"].split(", ")[-1] for r in rows] == ["rows 1", "rows 8", "rows 32", "rows 1", "rows 512"]
+    assert [r["reached"] for r in rows] == [True, True, True, False, True]
+
+
 def test_every_measurement_has_a_worker_for_each_side():
     for what, sides in bench.SIDES.items():
         assert sides[0] == "ours" and all(callable(getattr(bench, f"{what}_{side}")) for side in sides)
