@@ -1,6 +1,7 @@
 """The compiled kernels of NF4: the same results as the readable PyTorch of nf4.py, only faster.
 
-    build()                 compiles kernels/ once, about a minute, into the cache; says what it does
+    build()                 compiles kernels/ once, about a minute, into the cache; says what it does.
+                            `mp.quantize(model)` does it for you
     available()             whether they can be used now, which costs next to nothing to ask
     quantize, dequantize, gemm     torch.ops.minipeft.nf4_*, with shapes and errors written out
 
@@ -32,6 +33,7 @@ from ..fetch import cache_folder
 from .double_quant import MAP, QuantizedScales
 
 CFLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", *(("-fopenmp",) if sys.platform == "linux" else ()))
+CUDA_CFLAGS = ("-O3", "-std=c++20", "--fmad=false")
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")   # built for where there is no GPU to ask
 _loaded = False
 _failed = ""        # why the last build failed; it is said once
@@ -53,17 +55,32 @@ def sources() -> tuple[Path, ...]:
 
 
 @cache
-def cuda_home() -> Path | None:
-    """The CUDA toolkit with nvcc, if PyTorch is a CUDA build; else None."""
+def toolkit() -> Path | None:
+    """The CUDA toolkit, the folder with bin/nvcc; None if there is none."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     home = Path(os.environ.get("CUDA_HOME") or Path(nvcc).resolve().parents[1])
-    return home if torch.version.cuda and (home / "bin" / "nvcc").exists() else None
+    return home if (home / "bin" / "nvcc").exists() else None
+
+
+@cache
+def cuda_home() -> Path | None:
+    """The CUDA toolkit, if PyTorch is a CUDA build; else None."""
+    return toolkit() if torch.version.cuda else None
+
+
+@cache
+def architectures() -> str:
+    """What CUDA is compiled for: TORCH_CUDA_ARCH_LIST, or this machine's GPUs, or without one, all of ARCHITECTURES."""
+    here = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(sorted({f"{a}.{b}" for a, b in here}) or ARCHITECTURES)
 
 
 @cache
 def library() -> Path:
     """Where the built file is kept. Its folder is named by everything that it depends on."""
-    what = hashlib.sha256(repr((torch.__version__, platform.machine(), sys.platform, CFLAGS, str(cuda_home()))).encode())
+    what = hashlib.sha256(repr((
+        torch.__version__, platform.machine(), sys.platform, CFLAGS, str(cuda_home()),
+        *((CUDA_CFLAGS, architectures()) if cuda_home() else ()))).encode())
     folders = ["cpu", "cuda"] if cuda_home() else ["cpu"]
     for path in [p for f in folders for p in sorted((source_folder() / f).glob("*.*"))] + [source_folder() / "operators.h"]:
         if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
@@ -118,7 +135,7 @@ def _compile(verbose: bool) -> None:
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.part-", dir=target.parent) as part, _tools(with_cuda):
         cpp_extension._write_ninja_file_and_build_library(
             name=library().stem, sources=[str(path) for path in sources()], extra_cflags=list(CFLAGS),
-            extra_cuda_cflags=["-O3", "-std=c++20", "--fmad=false"], extra_sycl_cflags=None, extra_ldflags=None,
+            extra_cuda_cflags=list(CUDA_CFLAGS), extra_sycl_cflags=None, extra_ldflags=None,
             extra_include_paths=[str(cuda_home() / "include")] if with_cuda else [], build_directory=part,
             verbose=False, with_cuda=with_cuda, with_sycl=False)
         target.mkdir(exist_ok=True)
@@ -136,8 +153,7 @@ def _tools(with_cuda: bool):
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if with_cuda:
         cpp_extension.CUDA_HOME = str(cuda_home())
-        if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(ARCHITECTURES))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     try:
         yield
     finally:

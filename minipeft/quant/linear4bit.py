@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import anatomy, sockets
-from . import nf4
+from . import kernels, nf4
 from .double_quant import BLOCK, QuantizedScales
 from .nf4 import Quantized
 
@@ -158,6 +158,7 @@ def quantize(model: nn.Module, *, block_size: int = 64, double_quant: bool = Tru
     skip          what keeps its precision: names of modules, or ends of their paths. "lm_head" means the
                   output head, whatever its name
 
+    The first call on a machine compiles the kernels, about a minute (kernels.py); without a compiler it goes on.
     Embeddings and norms are not linear layers and stay; so do a classification head, which every adapter
     trains, and a linear layer that shares its weight with another module (a tied head). Adapters that
     are attached stay attached. Raises, before anything is changed, `ValueError` for a name in `skip`
@@ -173,8 +174,9 @@ def quantize(model: nn.Module, *, block_size: int = 64, double_quant: bool = Tru
     for name in getattr(getattr(model, sockets.HOME, None), "merged", ()):
         raise ValueError(f"adapter {name!r} is merged into the base; unmerge it first")
 
-    new = {}
-    for path in quantisable(model, skip):
+    new, paths = {}, quantisable(model, skip)
+    kernels.build()
+    for path in paths:
         weight = modules[path].weight
         if weight.dtype not in nf4.DTYPES:
             raise TypeError(f"{path} holds {weight.dtype}; accepted are float32, float16 and bfloat16 "
