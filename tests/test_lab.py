@@ -1,6 +1,7 @@
 """The notebooks' figures, quizzes and tables: right where they compute, readable where nothing runs."""
 
 import json
+import math
 import sys
 import subprocess
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from minipeft import lab
+from minipeft.quant import nf4
 
 QUESTION = {
     "question": "How many numbers does LoRA of rank $r$ train in a layer of $m \\times n$, if $r<m$?",
@@ -135,6 +137,30 @@ def test_the_rank_slider_has_a_picture_where_no_kernel_runs_and_moves_where_one_
 def test_the_rank_slider_refuses_a_rank_above_the_smaller_side():
     with pytest.raises(ValueError, match="accepted for a weight of \\(20, 30\\): 1 to 20"):
         lab.rank_slider(shape=(20, 30), ranks=(1, 21))
+
+
+def test_the_block_slider_counts_the_bytes_that_are_stored_and_the_error_that_is_left():
+    W = torch.randn(3, 1000, generator=torch.Generator().manual_seed(2))
+    slider = lab.block_slider(W, sizes=(64, 1024))
+    assert slider.bits(64, double=False) == 4 + 32 * math.ceil(3000 / 64) / 3000
+    assert slider.bits(64) == 4 + (8 * 47 + 32 + 32) / 3000  # a byte a block, one second scale, the mean
+    q = nf4.quantize(W, 1024, double_quant=True)
+    assert slider.errors[1024] == pytest.approx(((nf4.dequantize(q) - W).norm() / W.norm()).item())
+    assert slider.shares[64].abs().view(-1, 64).amax(1).eq(1).all() and len(slider.shares[1024]) == 2048
+
+
+def test_the_block_slider_has_a_picture_where_no_kernel_runs_and_moves_where_one_does():
+    slider = lab.block_slider(torch.randn(40, 30))
+    assert slider.sizes == (32, 64, 128, 256, 512, 1024) and "blocks of   64: 4." in repr(slider)
+    assert slider._repr_mimebundle_()["image/png"].startswith(b"\x89PNG")
+    control, picture = slider.widget().children
+    before = picture.value
+    control.value = 512
+    assert picture.value != before and bytes(picture.value).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="block_size is 48"):
+        lab.block_slider(torch.randn(40, 30), sizes=(48,))
+    with pytest.raises(ValueError, match="a weight of 1,200 numbers"):
+        lab.block_slider(torch.randn(40, 30), sizes=(2048,))
 
 
 def test_the_live_curve_draws_at_most_once_a_second_and_keeps_every_point(monkeypatch):

@@ -14,7 +14,7 @@ _WHERE = {
     "quizzes": ("quiz", "Quiz"),
     "plots": ("COLOURS", "live_curve", "LiveCurve", "new_figure", "smooth", "style", "three_sockets_figure"),
     "charts": ("bill_figure", "heat_map"),
-    "widgets": ("ordering", "Ordering", "rank_slider", "RankSlider"),
+    "widgets": ("block_slider", "BlockSlider", "ordering", "Ordering", "rank_slider", "RankSlider"),
     "course": ("chapters",),
 }
 # No file bears a public function's name: importing it would hide the function behind the module.

@@ -1,4 +1,4 @@
-"""Things to move: a slider over ranks, parts to put in order. Where no kernel runs, each has a static form."""
+"""Things to move: a slider over ranks, one over block sizes, parts to put in order. Where no kernel runs, each has a static form."""
 
 from __future__ import annotations
 
@@ -111,6 +111,108 @@ def rank_slider(delta: torch.Tensor | None = None, *, shape: tuple[int, int] = (
     if delta is None:
         return RankSlider(shape, 1 / torch.arange(1, min(shape) + 1), ranks, "a made-up ΔW")
     return RankSlider(shape, torch.linalg.svdvals(delta.detach().to("cpu", torch.float64)), ranks, "the ΔW given")
+
+
+# ---------------------------------------------------------------------------- block sizes
+
+
+class BlockSlider:
+    """What NF4's block size buys and costs for one weight. `block_slider()` makes one."""
+
+    def __init__(self, W: torch.Tensor, sizes: tuple[int, ...], what: str):
+        from minipeft.quant import nf4
+
+        self.sizes, self.what = sizes, what
+        self.once, self.twice = ({B: nf4.quantize(W, B, double_quant=double) for B in sizes} for double in (False, True))
+        self.errors = {B: ((nf4.dequantize(q) - W).norm() / W.norm()).item() for B, q in self.twice.items()}
+        self.shares = {B: _scaled(W, B) for B in sizes}  # x/s of some of its numbers
+
+    def bits(self, size: int, double: bool = True) -> float:
+        """Bits a weight: 4, and its share of the scales."""
+        return (self.twice if double else self.once)[size].bits
+
+    def figure(self, size: int) -> Drawing:
+        """Two panels for one block size: what is left of 16 levels, error against bits."""
+        figure, (left, right) = new_figure(2, width=8.6, height=3.3)
+        with style():
+            self._levels(left, size)
+            left.set(xlabel="x / s, with the 16 levels", title=f"blocks of {size}")
+            bits, errors = [self.bits(B) for B in self.sizes], [100 * self.errors[B] for B in self.sizes]
+            right.plot(bits, errors, "o-", color=COLOURS["grey"], markersize=4)
+            right.plot(self.bits(size), 100 * self.errors[size], "o", markersize=10, color=COLOURS["blue"])
+            right.set(xlabel="bits a weight, scales included", ylabel="error, % of ‖W‖", ylim=(0, 1.15 * max(errors)))
+            right.set_title(f"{self.bits(size):.3f} bits, error {self.errors[size]:.2%}")
+        return figure
+
+    def _levels(self, axes, size: int) -> None:
+        from minipeft.quant.nf4 import CODEBOOK
+
+        axes.hist(self.shares[size].tolist(), bins=101, range=(-1, 1), density=True, color="#d0d7de")
+        for level in CODEBOOK.tolist():
+            axes.axvline(level, color=COLOURS["blue"], linewidth=0.8)
+        axes.set(xlim=(-1.03, 1.03), yticks=[])
+
+    def panels(self) -> Drawing:
+        """The static form: x/s and the levels at four block sizes, each with its bits and its error."""
+        step = (len(self.sizes) - 1) / 3
+        sizes = sorted({self.sizes[round(i * step)] for i in range(4)})
+        figure, axes = new_figure(len(sizes), width=2.6 * len(sizes), height=2.9)
+        with style():
+            for place, B in zip([axes] if len(sizes) == 1 else axes, sizes, strict=True):
+                self._levels(place, B)
+                place.set_title(f"blocks of {B}\n{self.bits(B):.3f} bits a weight\nerror {self.errors[B]:.1%}", fontsize=10)
+            figure.supxlabel(f"x / s, with the 16 levels ({self.what})", fontsize=10)
+        return figure
+
+    def widget(self):
+        """The live form: a slider over the block sizes, and the picture for it."""
+        from ipywidgets import Image, SelectionSlider, VBox
+
+        start = 64 if 64 in self.sizes else self.sizes[0]
+        picture = Image(value=png(self.figure(start)), format="png")
+        slider = SelectionSlider(options=self.sizes, value=start, description="block", continuous_update=False)
+
+        def moved(change):
+            picture.value = png(self.figure(change["new"]))
+
+        slider.observe(moved, names="value")
+        return VBox([slider, picture])
+
+    def __repr__(self) -> str:
+        lines = [f"NF4 with double quantisation, {self.what}"]
+        lines += [f"  blocks of {B:4}: {self.bits(B):.3f} bits a weight ({self.bits(B, False):.3f} with float32 scales), error {self.errors[B]:.2%}"
+                  for B in self.sizes]  # fmt: skip
+        return "\n".join(lines)
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        return with_widget({"text/plain": repr(self), "image/png": png(self.panels())}, self.widget)
+
+
+def _scaled(W: torch.Tensor, size: int, most: int = 2**17) -> torch.Tensor:
+    """x/s of W's first numbers, cut into blocks of `size` that are full."""
+    blocks = W.flatten()[: max(most // size, 1) * size]
+    blocks = blocks[: len(blocks) // size * size].view(-1, size)
+    return (blocks / blocks.abs().amax(1, keepdim=True).clamp(min=1e-38)).flatten()
+
+
+def block_slider(W: torch.Tensor | None = None, *, sizes=None) -> BlockSlider:
+    """Move the block size of NF4 and see the bits a weight costs and the error that is left.
+
+    W      a weight of any shape; without it, 2¹⁸ numbers drawn from a normal distribution, and the picture says so
+    sizes  the block sizes on the slider, of those that NF4 takes (the default: all)
+
+    ValueError where a size is not one of NF4's, or larger than the weight.
+    """
+    from minipeft.quant.nf4 import BLOCK_SIZES, check_block_size
+
+    what = "normal numbers" if W is None else "the weight given"
+    W = torch.randn(2**18, generator=torch.Generator().manual_seed(0)) if W is None else W.detach().to("cpu", torch.float32)
+    sizes = tuple(sorted(set([B for B in BLOCK_SIZES if W.numel() >= B] if sizes is None else sizes)))
+    for B in sizes:
+        check_block_size(B)
+    if not sizes or sizes[-1] > W.numel():
+        raise ValueError(f"block sizes are {sizes}; accepted for a weight of {W.numel():,} numbers: those up to that")
+    return BlockSlider(W, sizes, what)
 
 
 # ---------------------------------------------------------------------------- parts to put in order
