@@ -9,6 +9,7 @@ from torch import nn
 
 from minipeft.checks import exercises, frame
 from minipeft.checks import ch00_start, ch01_full, ch02_soft_prompts, ch04_adapters, ch05_lora, ch06_dora_ia3
+from minipeft.checks import ch08_cuda_kernel
 from minipeft.checks.frame import Case, Draw, Exercise
 
 
@@ -1010,6 +1011,143 @@ WRONG |= {
 }
 
 
+# ---------------------------------------------------------------------------- chapter 8, kernels
+
+
+def elements(block, thread, block_dim, grid_dim, n):
+    return list(range(block * block_dim + thread, n, block_dim * grid_dim))
+
+
+def traffic(n, block_size, out_bytes):
+    return (n + 1) // 2 + 4 * -(-n // block_size) + n * out_bytes
+
+
+SCALE = """
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+        y[i] = a * x[i];
+"""
+ABSMAX = """
+    __shared__ float most[256];
+    int t = threadIdx.x, i = blockIdx.x * blockDim.x + t;
+    most[t] = i < n ? fabsf(x[i]) : 0.0f;
+    __syncthreads();
+    for (int half = blockDim.x / 2; half > 0; half /= 2) {
+        if (t < half) most[t] = fmaxf(most[t], most[t + half]);
+        __syncthreads();
+    }
+    if (t == 0) scales[blockIdx.x] = most[0];
+"""
+ABSMAX_BY_ONE = """
+    if (threadIdx.x > 0) return;
+    float largest = 0;
+    for (int i = blockIdx.x * blockDim.x; i < n && i < (blockIdx.x + 1) * blockDim.x; ++i)
+        largest = fmaxf(largest, fabsf(x[i]));
+    scales[blockIdx.x] = largest;
+"""
+DEQUANTIZE = """
+    int byte = blockIdx.x * blockDim.x + threadIdx.x, i = 2 * byte;
+    if (i >= n) return;
+    out[i] = level[packed[byte] >> 4] * scales[i / block_size];
+    if (i + 1 < n)
+        out[i + 1] = level[packed[byte] & 15] * scales[i / block_size];
+"""
+DEQUANTIZE_IN_STRIDES = """
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
+        int code = i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
+        out[i] = level[code] * scales[i / block_size];
+    }
+"""
+BLOCK_SCALES = """
+    int b = blockIdx.x * 8 + threadIdx.x, first = b * block_size;
+    if (first >= n) return;
+    float largest = 0;
+    for (int i = first; i < min(n, first + block_size); ++i)
+        largest = fmaxf(largest, fabsf(x[i]));
+    scales[b] = largest;
+"""
+
+
+def cuda(body, *changes):
+    """An answer: this text, with each (old, new) replaced; every old must be there."""
+    for old, new in changes:
+        assert old in body, old
+        body = body.replace(old, new)
+    return lambda: body
+
+
+RIGHT |= {
+    "elements-of-thread": [elements],
+    "least-bytes": [traffic],
+    "scale-body": [cuda(SCALE), cuda(SCALE, ("int i", "long long i"))],
+    "absmax-body": [cuda(ABSMAX), cuda(ABSMAX_BY_ONE)],
+    "dequantize-body": [cuda(DEQUANTIZE), cuda(DEQUANTIZE_IN_STRIDES)],
+    "block-scales-body": [cuda(BLOCK_SCALES)],
+}
+WRONG |= {
+    "elements-of-thread": [
+        lambda b, t, B, G, n: list(range(b + t, n, B * G)),
+        lambda b, t, B, G, n: list(range(b * G + t, n, B * G)),
+        lambda b, t, B, G, n: list(range(t, n, B * G)),
+        lambda b, t, B, G, n: list(range(b * B + t, n, B)),
+        lambda b, t, B, G, n: list(range(b * B + t, n, G)),
+        lambda b, t, B, G, n: list(range(b * B + t + 1, n, B * G)),
+        lambda b, t, B, G, n: list(range(b * B + t, n + 1, B * G)),
+        lambda b, t, B, G, n: list(range(b * B + t, n - B * G, B * G)),
+        lambda b, t, B, G, n: [b * B + t],
+        lambda b, t, B, G, n: torch.arange(b * B + t, n, B * G),
+    ],
+    "least-bytes": [
+        lambda n, block_size, out_bytes: n // 2 + n * out_bytes,
+        lambda n, block_size, out_bytes: n // 2 + 4 * (n // block_size) + n * out_bytes,
+        lambda n, block_size, out_bytes: (n + 1) // 2 + 4 * (n // block_size) + n * out_bytes,
+        lambda n, block_size, out_bytes: n // 2 + 4 * -(-n // block_size) + n * out_bytes,
+        lambda n, block_size, out_bytes: n + 4 * -(-n // block_size) + n * out_bytes,
+        lambda n, block_size, out_bytes: (n + 1) // 2 + -(-n // block_size) + n * out_bytes,
+        lambda n, block_size, out_bytes: traffic(n, block_size, 4),
+        lambda n, block_size, out_bytes: traffic(n, block_size, 0),
+        lambda n, block_size, out_bytes: n / 2 + 4 * n / block_size + n * out_bytes,
+    ],
+    "scale-body": [
+        cuda("int i = blockIdx.x * blockDim.x + threadIdx.x;\nif (i < n) y[i] = a * x[i];"),
+        cuda(SCALE, ("i < n", "i <= n")),
+        cuda(SCALE, ("i += gridDim.x * blockDim.x", "i += blockDim.x")),
+        cuda(SCALE, ("int i = blockIdx.x * blockDim.x + ", "int i = ")),
+        cuda(SCALE, ("blockIdx.x * blockDim.x +", "blockIdx.x * gridDim.x +")),
+        cuda(SCALE, ("a * x[i]", "a + x[i]")),
+        cuda(SCALE, ("a * x[i];", "a * x[i]")),
+        lambda: len(SCALE),
+    ],
+    "absmax-body": [
+        cuda(ABSMAX, ("0.0f;\n    __syncthreads();", "0.0f;")),
+        cuda(ABSMAX, ("        __syncthreads();\n", "")),
+        cuda(ABSMAX, ("if (t < half) most", "if (t < half) {\n most"), ("        __syncthreads();", "        __syncthreads(); }")),
+        cuda(ABSMAX, ("    most[t] = i", "    if (i >= n) return;\n    most[t] = i")),
+        cuda(ABSMAX, ("i < n ? fabsf(x[i]) : 0.0f", "fabsf(x[i])")),
+        cuda(ABSMAX, ("fabsf(x[i])", "x[i]")),
+        cuda(ABSMAX, ("int half = blockDim.x / 2", "int half = 32")),
+        cuda(ABSMAX, ("half > 0", "half > 1")),
+        cuda(ABSMAX, ("scales[blockIdx.x]", "scales[t]")),
+    ],
+    "dequantize-body": [
+        cuda(DEQUANTIZE, ("packed[byte] >> 4", "packed[byte] & 15 "), ("out[i + 1] = level[packed[byte] & 15]", "out[i + 1] = level[packed[byte] >> 4]")),
+        cuda(DEQUANTIZE, ("if (i + 1 < n)", "")),
+        cuda(DEQUANTIZE, ("if (i >= n) return;", "")),
+        cuda(DEQUANTIZE, ("scales[i / block_size]", "scales[byte / block_size]")),
+        cuda(DEQUANTIZE, ("scales[i / block_size]", "scales[blockIdx.x]")),
+        cuda(DEQUANTIZE, ("packed[byte] & 15", "packed[byte]")),
+        cuda(DEQUANTIZE, ("level[packed[byte] >> 4]", "((packed[byte] >> 4) - 8)"), ("level[packed[byte] & 15]", "((packed[byte] & 15) - 8)")),
+    ],
+    "block-scales-body": [
+        cuda(BLOCK_SCALES, ("    if (first >= n) return;\n", "")),
+        cuda(BLOCK_SCALES, ("min(n, first + block_size)", "first + block_size")),
+        cuda(BLOCK_SCALES, ("if (first >= n)", "if (first + block_size > n)")),
+        cuda(BLOCK_SCALES, ("if (first >= n)", "if (first > n)")),
+        cuda(BLOCK_SCALES, ("fabsf(x[i])", "x[i]")),
+        cuda(BLOCK_SCALES, ("blockIdx.x * 8", "blockIdx.x * block_size")),
+    ],
+}
+
+
 def stub(*args):
     """What a student finds: nothing but this text."""
     ...
@@ -1065,6 +1203,12 @@ def test_a_stub_is_not_attempted(id, answer):
         ("ia3-block", lambda x, W, l: (rescaled(x, W, l)[0], torch.relu(l["ff"] * (x @ W["up"].T)) @ W["down"].T), "before the activation"),
         ("ia3-merge", lambda W, b, l, ff: (W * l if ff else l[:, None] * W, b), "the bias is not rescaled"),
         ("pissa-as-lora", lambda A, B, A0, B0, a, r: (torch.cat([A, A0]), torch.cat([B, -B0], 1), a), "alpha stayed the same"),
+        ("elements-of-thread", lambda b, t, B, G, n: list(range(b * G + t, n, B * G)), "multiplied by the number of blocks"),
+        ("least-bytes", lambda n, block_size, out_bytes: n // 2 + 4 * -(-n // block_size) + n * out_bytes, "an odd number of codes"),
+        ("scale-body", cuda(SCALE, ("a * x[i]", "a + x[i]")), "a is added"),
+        ("absmax-body", cuda(ABSMAX, ("fabsf(x[i])", "x[i]")), "the sign is in the way"),
+        ("dequantize-body", cuda(DEQUANTIZE, ("scales[i / block_size]", "scales[byte / block_size]")), "of another block"),
+        ("dequantize-body", cuda(DEQUANTIZE_IN_STRIDES, ("i % 2 ?", "i % 2 == 0 ?")), "halves of a byte are swapped"),
         ("lengthen", lambda m, y, n: (nn.functional.pad(m, (n, 0)), lengthen(m, y, n)[1]), "the prompt is masked out"),
         ("prompt-step", lambda *a: prompt_step(*a, first=0), "the first places"),
         ("nearest-words", lambda P, t: (P @ t.T).argmax(1).tolist(), "the largest dot product"),
@@ -1073,6 +1217,28 @@ def test_a_stub_is_not_attempted(id, answer):
 )
 def test_the_likely_mistake_is_named(id, answer, words):
     assert words in exercises()[id](answer).likely
+
+
+@pytest.mark.parametrize(
+    "id, answer, words",
+    [
+        ("scale-body", cuda(SCALE, ("i < n", "i <= n")), "scale, line 2: outside argument 0"),
+        ("absmax-body", cuda(ABSMAX, ("        __syncthreads();\n", "")), "absmax, line 6: race on the shared memory most"),
+        ("absmax-body", cuda(ABSMAX, ("    most[t] = i", "    if (i >= n) return;\n    most[t] = i")), "divergence in line 5"),
+    ],
+)
+def test_ch08_a_kernels_fault_is_told_with_the_students_own_line(id, answer, words):
+    found = exercises()[id](answer)
+    assert words in found.why and "<<<" in found.case, found
+
+
+def test_ch08_without_an_emulator_an_attempt_is_not_checked_and_a_stub_is_not_attempted(monkeypatch):
+    monkeypatch.setattr(ch08_cuda_kernel, "no_emulator", lambda: "no C++ compiler is found")
+    for answer in (cuda(SCALE), cuda(SCALE, ("i < n", "i <= n"))):
+        found = exercises()["scale-body"](answer)
+        assert found.status == "not checked" and "no C++ compiler" in found.why and not found
+    assert exercises()["scale-body"](lambda: None).status == "not attempted"
+    assert exercises()["scale-body"](lambda: 3).status == "failed"
 
 
 # ---------------------------------------------------------------------------- the frame itself
@@ -1089,6 +1255,7 @@ def test_the_likely_mistake_is_named(id, answer, words):
         (ch06_dora_ia3, "_rows_of_length", lambda V, m: torch.zeros_like(V), "dora-weight", dora),
         (ch06_dora_ia3, "_attended", lambda x, W, l, root=None: x.new_zeros(*x.shape[:2], len(W["v"])), "ia3-block", rescaled),
         (ch01_full, "_moments", lambda model: 0, "adamw-state-bytes", adamw_bytes),
+        (ch08_cuda_kernel, "_decoded", lambda packed, scales, n, *a, **k: torch.zeros(n).double(), "dequantize-body", cuda(DEQUANTIZE)),
         (ch01_full, "_forgetting", lambda a: [0.0] * (len(a) - 1), "forgetting", forgot),
         (ch00_start, "_numbers", lambda parameters: 0, "count-trainable", trainable),
         (ch02_soft_prompts, "_longer", lambda mask, labels, length: (mask, labels), "lengthen", lengthen),
