@@ -1,4 +1,4 @@
-// What the operators of the CPU (cpu/operators.cpp) and of CUDA (cuda/operators.cpp) have in common: their checks.
+// What the operators of the CPU (cpu/operators.cpp) and of CUDA (cuda/cuda_operators.cpp) have in common: their checks.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -105,4 +106,23 @@ print(json.dumps({
     assert set(found["files"]) >= {file.removeprefix("data/") for file in tracked("data")}
     assert found["cards"] > 1000
     assert found["rank"] == 8
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_installed_wheel_builds_its_kernels_and_runs_its_emulator(elsewhere, tmp_path):
+    if not (shutil.which("g++") and shutil.which("c++")):
+        pytest.skip("no C++ compiler here (on Debian and Ubuntu: the package g++)")
+    found = ask(elsewhere, tmp_path, """
+import json
+import torch
+from minipeft.quant import emulator, kernels, nf4
+x = torch.ones(64)
+emulator.run("__global__ void twice(float* x) { x[threadIdx.x] *= 2; }", "twice", 1, 64, [x])
+print(json.dumps({
+    "sources": str(kernels.source_folder()), "package": kernels.__file__, "built": kernels.build(), "why": kernels._failed,
+    "used": nf4.compiled(x, "nf4") is kernels, "sum": nf4.dequantize(nf4.quantize(x)).sum().item(),
+}))
+""")
+    assert Path(found["sources"]) == Path(found["package"]).parents[1] / "_kernels"
+    assert found["built"] and found["used"] and found["sum"] == 128.0, found["why"]
     assert not list(tmp_path.iterdir())

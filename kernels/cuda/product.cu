@@ -5,7 +5,7 @@
 //   3  16 bytes of codes a lane, the codebook in shared memory, and four rows of x for each decoded value: W is
 //      read and decoded once for four rows instead of once for each
 //
-// Sums are float32 whatever the type. Many rows are another matter: operators.cpp dequantises and calls cuBLAS.
+// Sums are float32 whatever the type. Many rows are another matter: cuda_operators.cpp dequantises and calls cuBLAS.
 #include "nf4.cuh"
 
 #define SCALES const float *absmax, const uint8_t *codes, const float *map, const float *offset
