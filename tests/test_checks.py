@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from minipeft.checks import exercises, frame
-from minipeft.checks import ch00_start, ch01_full, ch02_soft_prompts, ch04_adapters, ch05_lora, ch06_dora_ia3
-from minipeft.checks import ch08_cuda_kernel
+from minipeft.checks import ch00_start, ch01_full, ch02_soft_prompts, ch04_adapters, ch05_lora, ch06_dora_ia3, ch07_nf4
+from minipeft.checks import ch08_cuda_kernel, ch09_qlora
 from minipeft.checks.frame import Case, Draw, Exercise
 
 
@@ -1011,6 +1011,152 @@ WRONG |= {
 }
 
 
+# ---------------------------------------------------------------------------- chapter 7, NF4
+
+
+def quantile_levels(above, below, offset, steps=lambda top, count: torch.linspace(top, 0.5, count + 1)[:-1]):
+    up = torch.special.ndtri(steps(offset, above).double())
+    down = -torch.special.ndtri(steps(offset, below).double())
+    return (torch.cat([down, torch.zeros(1), up.flip(0)]) / up[0]).float()
+
+
+def in_blocks(x, levels, block_size, scale=lambda part: part.abs().max(), find=None):
+    codes, scales = [], []
+    for part in x.split(block_size):
+        s = scale(part)
+        z = part / (s if s != 0 else 1)
+        codes.append((z[:, None] - levels).abs().argmin(1) if find is None else find(z, levels))
+        scales.append(s)
+    return torch.cat(codes), torch.stack(scales)
+
+
+def in_blocks_without_zeros(x, levels, block_size):  # 0/0 in a block of zeros
+    codes, scales = zip(*[(torch.bucketize(part / part.abs().max(), (levels[1:] + levels[:-1]) / 2), part.abs().max()) for part in x.split(block_size)])
+    return torch.cat(codes), torch.stack(scales)
+
+
+def in_blocks_in_place(x, levels, block_size):
+    answer = in_blocks(x, levels, block_size)
+    for part in x.split(block_size):
+        part.div_(part.abs().max().clamp(min=1e-30))
+    return answer
+
+
+def packed_bytes(codes, high=0):
+    codes = nn.functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
+    return codes[:, high] << 4 | codes[:, 1 - high]
+
+
+def nibbles(packed, n, order=(0, 1)):
+    halves = packed >> 4, packed & 15
+    return torch.stack([halves[i] for i in order], 1).flatten()[:n].long()
+
+
+def decoded(packed, scales, levels, block_size, n, order=(0, 1)):
+    return levels[nibbles(packed, n, order)] * scales.repeat_interleave(block_size)[:n]
+
+
+def bits(block_size, nested):
+    return 4 + 32 / block_size if nested is None else 4 + (8 + 32 / nested) / block_size
+
+
+def scales_twice(scales, levels, nested, offset=torch.mean, top=lambda part: part.abs().max()):
+    offset = offset(scales)
+    rest = []
+    for part in (scales - offset).split(nested):
+        codes = torch.bucketize(part / top(part), (levels[1:] + levels[:-1]) / 2)
+        rest.append(top(part) * levels[codes])
+    return torch.cat(rest) + offset
+
+
+RIGHT |= {
+    "nf4-levels": [quantile_levels],
+    "quantize-blocks": [in_blocks, lambda *a: (in_blocks(*a)[0].to(torch.uint8), in_blocks(*a)[1])],
+    "pack-nibbles": [packed_bytes, lambda c: 16 * c[::2] + nn.functional.pad(c, (0, 1))[1::2][: len(c[::2])]],
+    "decode-nf4": [decoded],
+    "bits-per-weight": [bits],
+    "double-quantize": [scales_twice],
+}
+WRONG |= {
+    "nf4-levels": [
+        lambda a, b, o: torch.linspace(-1, 1, a + b + 1),
+        lambda a, b, o: (z := torch.special.ndtri((torch.arange(a + b + 1) + 0.5) / (a + b + 1))) / z.max(),  # the public mistake
+        lambda a, b, o: -quantile_levels(a, b, o).flip(0),
+        lambda a, b, o: quantile_levels(b, a, o),
+        lambda a, b, o: quantile_levels(a, b, 1 - 1 / (2 * (a + b + 1))),
+        lambda a, b, o: quantile_levels(a, b, o) * torch.special.ndtri(torch.tensor(o)),
+        lambda a, b, o: quantile_levels(a, b, o, lambda top, count: torch.linspace(top, 0.5, count)),
+        lambda a, b, o: quantile_levels(a, b, o).flip(0),
+        lambda a, b, o: quantile_levels(a, b, o).double(),
+        lambda a, b, o: quantile_levels(a, b, o).tolist(),
+        lambda a, b, o: torch.cat([-quantile_levels(a, b, o)[b + 1 :].flip(0), quantile_levels(a, b, o)[b:]]),
+    ],
+    "quantize-blocks": [
+        in_blocks_in_place, in_blocks_without_zeros,
+        lambda x, levels, block: in_blocks(x, levels, len(x)),
+        lambda x, levels, block: (in_blocks(x, levels, len(x))[0], in_blocks(x, levels, block)[1]),
+        lambda x, levels, block: in_blocks(x, levels, block, scale=torch.max),
+        lambda x, levels, block: in_blocks(x, levels, block, scale=lambda part: part.norm() / len(part) ** 0.5),
+        lambda x, levels, block: in_blocks(x, levels, block, find=lambda z, l: torch.bucketize(z, l).clamp(max=15)),
+        lambda x, levels, block: in_blocks(x, levels, block, find=lambda z, l: ((z + 1) * 7.5).round().long()),
+        lambda x, levels, block: in_blocks(x[: len(x) - len(x) % block], levels, block) if len(x) >= block else in_blocks(x, levels, block),
+        lambda x, levels, block: in_blocks(x, levels, block)[::-1],
+        lambda x, levels, block: in_blocks(x, levels, block)[0],
+        lambda x, levels, block: (in_blocks(x, levels, block)[0].float(), in_blocks(x, levels, block)[1]),
+        lambda x, levels, block: (in_blocks(x, levels, block)[0] - 8, in_blocks(x, levels, block)[1]),
+        lambda x, levels, block: (levels[in_blocks(x, levels, block)[0]], in_blocks(x, levels, block)[1]),
+    ],
+    "pack-nibbles": [
+        lambda c: packed_bytes(c, high=1),
+        lambda c: (c[::2] + nn.functional.pad(c, (0, 1))[1::2][: len(c[::2])]),
+        lambda c: packed_bytes(c).long(),
+        lambda c: packed_bytes(c)[:-1] if len(c) % 2 else packed_bytes(c),
+        lambda c: packed_bytes(c[: len(c) // 2 * 2]),
+        lambda c: packed_bytes(nn.functional.pad(c, (len(c) % 2, 0))),
+        lambda c: packed_bytes(nn.functional.pad(c, (0, len(c) % 2)).view(2, -1).T.flatten()),
+        lambda c: nn.functional.pad(c, (0, len(c) % 2))[::2] << 4 & nn.functional.pad(c, (0, len(c) % 2))[1::2],
+        lambda c: packed_bytes(c).tolist(),
+    ],
+    "decode-nf4": [
+        lambda p, s, l, b, n: decoded(p, s, l, b, n, order=(1, 0)),
+        lambda p, s, l, b, n: (nibbles(p, n) - 8) / 8 * s.repeat_interleave(b)[:n],  # the public mistake
+        lambda p, s, l, b, n: (nibbles(p, n) - 8) * s.repeat_interleave(b)[:n],
+        lambda p, s, l, b, n: l[nibbles(p, n)] * s.repeat_interleave(2 * b)[:n],
+        lambda p, s, l, b, n: l[nibbles(p, n)] * s.repeat(b)[:n],
+        lambda p, s, l, b, n: l[nibbles(p, n)] * s[0],
+        lambda p, s, l, b, n: l[nibbles(p, n)],
+        lambda p, s, l, b, n: l[torch.cat([p >> 4, p & 15])[:n].long()] * s.repeat_interleave(b)[:n],
+        lambda p, s, l, b, n: decoded(p, s, l, b, 2 * len(p)) if n % 2 else decoded(p, s, l, b, n - 1),
+        lambda p, s, l, b, n: decoded(p, s, l, b, n).double(),
+        lambda p, s, l, b, n: l[nibbles(p, n)] / s.repeat_interleave(b)[:n],
+    ],
+    "bits-per-weight": [
+        lambda b, n: 4.0,
+        lambda b, n: 4 + 32 / b,
+        lambda b, n: 4 + 16 / b if n is None else bits(b, n),
+        lambda b, n: bits(b, n) if n is None else 4 + 8 / b + 32 / n,
+        lambda b, n: bits(b, n) if n is None else 4 + 8 / b,
+        lambda b, n: bits(b, n) / 8,
+        lambda b, n: round(bits(b, n), 2),
+        lambda b, n: 4.127,
+        lambda b, n: 0.5 + (4 / b if n is None else (1 + 4 / n) / b),
+    ],
+    "double-quantize": [
+        lambda s, l, n: s.clone(),
+        lambda s, l, n: scales_twice(s, l, n, offset=lambda s: s.new_zeros(())),
+        lambda s, l, n: scales_twice(s, l, n) - s.mean(),
+        lambda s, l, n: scales_twice(s, l, len(s)),
+        lambda s, l, n: scales_twice(s, l, n, top=torch.max),
+        lambda s, l, n: scales_twice(s, l, n, offset=torch.amin),
+        lambda s, l, n: scales_twice(s, l, n, offset=torch.median),
+        lambda s, l, n: torch.cat([scales_twice(part, l, n) for part in s.split(n)]),
+        lambda s, l, n: scales_twice(s, torch.linspace(-1, 1, len(l)), n),
+        lambda s, l, n: scales_twice(s, l, n).double(),
+        lambda s, l, n: scales_twice(s.sub_(0.0).mul_(1.5), l, n) / 1.5,
+    ],
+}
+
+
 # ---------------------------------------------------------------------------- chapter 8, kernels
 
 
@@ -1148,6 +1294,182 @@ WRONG |= {
 }
 
 
+
+# ---------------------------------------------------------------------------- chapter 9, QLoRA
+
+
+def qlora_count(shapes, others, rank, scale=lambda blocks: blocks + 4 * -(-blocks // 256) + 4, rest=2, lora=16, code=2, both=lambda o, i: o + i):
+    total = rest * others
+    for o, i in shapes:
+        total += -(-o * i // code) + scale(-(-o * i // 64)) + lora * rank * both(o, i)
+    return total
+
+
+def decoded_weight(codes, absmax, levels=None):
+    levels = ch09_qlora.nf4.CODEBOOK if levels is None else levels
+    return (levels[codes.long()].flatten() * absmax.repeat_interleave(64)[: codes.numel()]).view(codes.shape)
+
+
+def qlora_gradients(g, x, codes, absmax, A, B, s, W=decoded_weight):
+    W = W(codes, absmax)
+    return g @ W + s * (g @ B) @ A, s * (g @ B).T @ x, s * g.T @ (x @ A.T)
+
+
+def qlora_gradients_by_autograd(g, x, codes, absmax, A, B, s):
+    x, A, B = (t.clone().requires_grad_() for t in (x, A, B))
+    y = x @ decoded_weight(codes, absmax).T + s * (x @ A.T) @ B.T
+    return torch.autograd.grad(y, (x, A, B), g)
+
+
+def loftq_turn(W, A, B, s, quantise, give=0.5, new_s=None):
+    Q = quantise(W - s * B @ A)
+    U, S, Vt = torch.linalg.svd(W - Q, full_matrices=False)
+    S = S[: len(A)] / (new_s or s)
+    return Q, S[:, None] ** (1 - give) * Vt[: len(A)], U[:, : len(A)] * S**give
+
+
+def loftq_of(target, rest):
+    """A step of LoftQ that quantises and decomposes something else."""
+
+    def step(W, A, B, s, quantise):
+        Q = quantise(target(W, A, B, s))
+        U, S, Vt = torch.linalg.svd(rest(W, A, B, s, Q), full_matrices=False)
+        root = (S[: len(A)] / s).sqrt()
+        return Q, root[:, None] * Vt[: len(A)], U[:, : len(A)] * root
+
+    return step
+
+
+def rounded_merge(W, A, B, s, quantise):
+    merged = W + s * B @ A
+    stored = quantise(merged)
+    return stored, ((stored - merged).norm() / (merged - W).norm()).item()
+
+
+def lost_by(measure):
+    return lambda W, A, B, s, quantise: (quantise(W + s * B @ A), measure(quantise(W + s * B @ A), W + s * B @ A, W, s * B @ A).item())
+
+
+def casts(which):
+    def prepare(model):
+        for name, p in model.named_parameters():
+            if which(name, p):
+                p.data = p.data.float()
+
+    return prepare
+
+
+def cast_with_new_parameters(model):
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                setattr(module, name, nn.Parameter(p.detach().float() if p.dim() == 1 else p.detach().clone(), requires_grad=False))
+
+
+def cast_and_round(model):
+    casts(lambda name, p: p.dim() == 1)(model)
+    model.gain.data = model.gain.data.round()
+
+
+def cast_buffers_too(model):
+    casts(lambda name, p: p.dim() == 1)(model)
+    model.frequencies = model.frequencies.float()
+
+
+RIGHT |= {
+    "qlora-bytes": [qlora_count, lambda shapes, others, rank: sum(qlora_count([shape], 0, rank) for shape in shapes) + 2 * others],
+    "qlora-backward": [qlora_gradients, qlora_gradients_by_autograd, lambda *a: list(qlora_gradients(*a))],
+    "loftq-step": [loftq_turn, lambda *a: loftq_turn(*a, give=0), lambda *a: list(loftq_turn(*a, give=1))],
+    "merge-4bit": [rounded_merge, lambda *a: (rounded_merge(*a)[0], torch.tensor(rounded_merge(*a)[1], dtype=torch.float64))],
+    "prepare": [casts(lambda name, p: p.dim() == 1), casts(lambda name, p: "embed" not in name and not name.endswith("head.weight"))],
+}
+WRONG |= {
+    "qlora-bytes": [
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, scale=lambda blocks: 4 * blocks),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, scale=lambda blocks: blocks),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, scale=lambda blocks: 0),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, scale=lambda blocks: blocks + 4 * -(-blocks // 256)),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, scale=lambda blocks: blocks + 4 * (blocks // 256) + 4),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, rest=4),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, rest=0),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, lora=4),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, lora=8),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, lora=12),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, code=1),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, both=lambda o, i: o * i),
+        lambda shapes, others, rank: qlora_count(shapes, others, rank, both=lambda o, i: 2 * i),
+        lambda shapes, others, rank: round(4.127 / 8 * sum(o * i for o, i in shapes)) + 2 * others + 16 * rank * sum(o + i for o, i in shapes),
+        lambda shapes, others, rank: qlora_count([(sum(o * i for o, i in shapes), 1)], others, 0) + 16 * rank * sum(o + i for o, i in shapes),
+        lambda shapes, others, rank: float(qlora_count(shapes, others, rank)),
+    ],
+    "qlora-backward": [
+        lambda g, x, codes, absmax, A, B, s: (s * (g @ B) @ A, *qlora_gradients(g, x, codes, absmax, A, B, s)[1:]),
+        lambda g, x, codes, absmax, A, B, s: (g @ decoded_weight(codes, absmax), *qlora_gradients(g, x, codes, absmax, A, B, s)[1:]),
+        lambda g, x, codes, absmax, A, B, s: qlora_gradients(g, x, codes, absmax, A, B, 1),
+        lambda g, x, codes, absmax, A, B, s: (qlora_gradients(g, x, codes, absmax, A, B, s)[0], *qlora_gradients(g, x, codes, absmax, A, B, 1)[1:]),
+        lambda *a: (qlora_gradients(*a)[0], *qlora_gradients(*a)[:0:-1]),
+        lambda *a: tuple(t.T for t in qlora_gradients(*a)),
+        lambda *a: qlora_gradients(*a, W=lambda codes, absmax: decoded_weight(codes, absmax, (torch.arange(16) - 8) / 7)),
+        lambda *a: qlora_gradients(*a, W=lambda codes, absmax: decoded_weight(codes, absmax, torch.arange(16.0) - 8)),
+        lambda *a: qlora_gradients(*a, W=lambda codes, absmax: ch09_qlora.nf4.CODEBOOK[codes.long()]),
+        lambda *a: qlora_gradients(*a, W=lambda codes, absmax: decoded_weight(codes.T.contiguous(), absmax).T),
+        lambda *a: qlora_gradients(*a, W=lambda codes, absmax: ch09_qlora.nf4.CODEBOOK[codes.long()] * absmax.mean()),
+        lambda *a: tuple(t.double() for t in qlora_gradients(*a)),
+        lambda g, x, *a: qlora_gradients(g.mul_(2), x, *a),
+        lambda *a: tuple(t.bfloat16().float() for t in qlora_gradients(*a)),
+        lambda *a: qlora_gradients(*a)[:2],
+    ],
+    "loftq-step": [
+        loftq_of(lambda W, A, B, s: W, lambda W, A, B, s, Q: W - Q),
+        loftq_of(lambda W, A, B, s: W - B @ A, lambda W, A, B, s, Q: W - Q),
+        loftq_of(lambda W, A, B, s: W + s * B @ A, lambda W, A, B, s, Q: W - Q),
+        loftq_of(lambda W, A, B, s: W - s * B @ A, lambda W, A, B, s, Q: Q - W),
+        loftq_of(lambda W, A, B, s: W - s * B @ A, lambda W, A, B, s, Q: W - s * B @ A - Q),
+        loftq_of(lambda W, A, B, s: W - s * B @ A, lambda W, A, B, s, Q: W),
+        lambda *a: loftq_turn(*a, new_s=1),
+        lambda W, A, B, s, quantise: loftq_turn(W, A, B, s, quantise, new_s=1 / s),
+        lambda W, A, B, s, quantise: (quantise(W - s * B @ A), A, B),
+        lambda W, A, B, s, quantise: loftq_turn(W, A, B, s, lambda t: t),
+        lambda W, A, B, s, quantise: loftq_turn(W, A[:1], B[:, :1], s, quantise),
+        lambda W, A, B, s, quantise: (loftq_turn(W, A, B, s, quantise)[0], *loftq_turn(W, A, B, s, quantise)[:0:-1]),
+        lambda *a: tuple(t.float() for t in loftq_turn(*a)),
+        lambda W, A, B, s, quantise: loftq_turn(W.sub_(s * B @ A), A, 0 * B, s, quantise),
+        lambda *a: loftq_turn(*a)[1:],
+    ],
+    "merge-4bit": [
+        lost_by(lambda stored, merged, W, delta: (stored - merged).norm() / merged.norm()),
+        lost_by(lambda stored, merged, W, delta: (stored - merged).norm() / W.norm()),
+        lost_by(lambda stored, merged, W, delta: (stored - W).norm() / delta.norm()),
+        lost_by(lambda stored, merged, W, delta: (stored - merged).norm()),
+        lost_by(lambda stored, merged, W, delta: (stored - merged).square().sum() / delta.square().sum()),
+        lost_by(lambda stored, merged, W, delta: (stored - merged).abs().max() / delta.abs().max()),
+        lost_by(lambda stored, merged, W, delta: torch.linalg.matrix_norm(stored - merged, 2) / torch.linalg.matrix_norm(delta, 2)),
+        lambda W, A, B, s, quantise: rounded_merge(W, A, B, 1, quantise),
+        lambda W, A, B, s, quantise: (W + s * B @ A, rounded_merge(W, A, B, s, quantise)[1]),
+        lambda W, A, B, s, quantise: (W + s * B @ A, 0.0),
+        lambda W, A, B, s, quantise: (quantise(W) + s * B @ A, ((quantise(W) - W).norm() / (s * B @ A).norm()).item()),
+        lambda W, A, B, s, quantise: (W + quantise(s * B @ A), ((quantise(s * B @ A) - s * B @ A).norm() / (s * B @ A).norm()).item()),
+        lambda W, A, B, s, quantise: rounded_merge(W, A, B, s, quantise)[0],
+        lambda W, A, B, s, quantise: rounded_merge(W.add_(1e-3), A, B, s, quantise),
+        lambda *a: (rounded_merge(*a)[0].float(), rounded_merge(*a)[1]),
+    ],
+    "prepare": [
+        casts(lambda name, p: True),
+        casts(lambda name, p: False),
+        casts(lambda name, p: p.dim() > 1),
+        casts(lambda name, p: name.startswith("blocks.") and ".0." in name),
+        casts(lambda name, p: p.dim() == 1 and not name.endswith("bias")),
+        casts(lambda name, p: p.dim() == 1 or name == "head.weight"),
+        casts(lambda name, p: p.dim() == 1 or name == "embed.weight"),
+        lambda model: model.float(),
+        lambda model: model.half(),
+        cast_with_new_parameters,
+        cast_and_round,
+        cast_buffers_too,
+    ],
+}
+
+
 def stub(*args):
     """What a student finds: nothing but this text."""
     ...
@@ -1213,6 +1535,16 @@ def test_a_stub_is_not_attempted(id, answer):
         ("prompt-step", lambda *a: prompt_step(*a, first=0), "the first places"),
         ("nearest-words", lambda P, t: (P @ t.T).argmax(1).tolist(), "the largest dot product"),
         ("answer-log-probs", lambda z, q, a: log_probs(z, q, a, first=len(q) - 1), "without the soft prompt"),
+        ("qlora-backward", lambda g, x, c, m, A, B, s: (s * (g @ B) @ A, *qlora_gradients(g, x, c, m, A, B, s)[1:]), "the gradient passes through it"),
+        ("loftq-step", lambda *a: loftq_turn(*a, new_s=1), "s times too large"),
+        ("prepare", casts(lambda name, p: True), "everything is cast"),
+        ("nf4-levels", lambda a, b, o: quantile_levels(a, b, o) * torch.special.ndtri(torch.tensor(o)), "not divided"),
+        ("quantize-blocks", lambda x, l, b: in_blocks(x, l, b, find=lambda z, l: ((z + 1) * 7.5).round().long()), "a uniform grid"),
+        ("pack-nibbles", lambda c: packed_bytes(c, high=1), "the earlier code is in the low half"),
+        ("decode-nf4", lambda p, s, l, b, n: (nibbles(p, n) - 8) / 8 * s.repeat_interleave(b)[:n], "the number of a level"),
+        ("decode-nf4", lambda p, s, l, b, n: decoded(p, s, l, b, n, order=(1, 0)), "the wrong order"),
+        ("bits-per-weight", lambda b, n: bits(b, n) / 8, "these are bytes"),
+        ("double-quantize", lambda s, l, n: scales_twice(s, l, n, offset=lambda s: s.new_zeros(())), "not subtracted first"),
     ],
 )
 def test_the_likely_mistake_is_named(id, answer, words):
@@ -1259,6 +1591,9 @@ def test_ch08_without_an_emulator_an_attempt_is_not_checked_and_a_stub_is_not_at
         (ch01_full, "_forgetting", lambda a: [0.0] * (len(a) - 1), "forgetting", forgot),
         (ch00_start, "_numbers", lambda parameters: 0, "count-trainable", trainable),
         (ch02_soft_prompts, "_longer", lambda mask, labels, length: (mask, labels), "lengthen", lengthen),
+        (ch07_nf4, "_twice", lambda s, *rest, **how: s, "double-quantize", scales_twice),
+        (ch07_nf4, "_quantile_levels", lambda above, below, offset: [0.0] * (above + below + 1), "nf4-levels", quantile_levels),
+        (ch09_qlora, "_decoded", lambda codes, absmax: torch.zeros(codes.shape).double(), "qlora-backward", qlora_gradients),
         (ch02_soft_prompts, "_encoded", lambda E, W, b: E, "p-tuning-mlp", encoder),
     ],
 )

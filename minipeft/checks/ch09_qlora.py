@@ -90,7 +90,8 @@ def qlora_backward(draw: Draw) -> Iterator[Case]:
         y = xd @ W.T + s * (xd @ Ad.T) @ Bd.T
         dx, dA, dB = torch.autograd.grad(y, (xd, Ad, Bd), g.double())
         through_base = g.double() @ W
-        linear = (codes.double() - 8) / 7 * (W / nf4.CODEBOOK.double()[codes.long()].where(codes != 7, torch.ones(()))).abs()
+        scales = absmax.double().repeat_interleave(BLOCK)[:codes.numel()].view(codes.shape)
+        linear = (codes.double() - 8) / 7 * scales
         yield Case(
             given={"grad_y": g, "x": x, "codes": codes, "absmax": absmax, "A": A, "B": B, "s": s},
             want=(dx, dA, dB),
