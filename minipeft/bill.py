@@ -44,13 +44,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from . import anatomy, sockets
 from .quant.linear4bit import Linear4bit, quantize
+from .training import CrossEntropy
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16,
           "float16": torch.float16, "autocast": torch.float32}
@@ -528,7 +528,7 @@ def _one_pass(model: nn.Module, batch: int, seq: int, targets: int, lists: list[
             if head is None:
                 births.append(live.births)
             goal = ids.new_zeros(len(logits))
-            loss = F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, goal, reduction="sum")
+            loss = CrossEntropy.apply(logits.float() if logits.dtype.itemsize < 4 else logits, goal)
             del logits
             at_loss = live.since(births[0])
             kept = {"kept by the backbone": live.now - at_loss, "kept by head and loss": at_loss}

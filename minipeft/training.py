@@ -251,8 +251,27 @@ def _pad(sequences: list[list[int]], value: int, device) -> Tensor:
     return torch.tensor([s + [value] * (longest - len(s)) for s in sequences], device=device)
 
 
-def loss_of(model: nn.Module, rows: list[Row], pad: int) -> tuple[Tensor, Tensor, int]:
-    """One forward pass: (sum of the targets' cross-entropies, targets guessed right, targets)."""
+class CrossEntropy(torch.autograd.Function):
+    """-Σ_n log softmax(z_n)[target_n] of logits z (N, V), a sum. Its gradient, softmax(z) - onehot, is written over
+    the kept log softmax: the largest tensor of a pass is not made twice more. So it goes backward only once."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        logp = logits.log_softmax(-1)                            # (N, V)
+        ctx.save_for_backward(logp, targets)
+        return -logp.gather(1, targets[:, None]).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient, targets = ctx.saved_tensors
+        gradient.exp_()                                          # softmax(z)
+        gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
+        return gradient.mul_(grad), None
+
+
+def loss_of(model: nn.Module, rows: list[Row], pad: int) -> tuple[Tensor, Tensor | None, int]:
+    """One forward pass: (sum of the targets' cross-entropies, targets guessed right, targets). What is
+    guessed right is counted outside training only: None where gradients are kept."""
     device = next(model.parameters()).device
     ids = _pad([r.ids for r in rows], pad, device)               # (B, T)
     lengths = torch.tensor([len(r.ids) for r in rows], device=device)
@@ -276,8 +295,8 @@ def loss_of(model: nn.Module, rows: list[Row], pad: int) -> tuple[Tensor, Tensor
         before = F.pad(target[:, 1:], (0, 1))                    # the position that predicts it
         with sockets.only_at(head, before):
             logits = model(input_ids=ids, use_cache=False).logits  # (N, V)
-    loss = F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets, reduction="sum")
-    right = (logits.detach().argmax(-1) == targets).sum()
+    loss = CrossEntropy.apply(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
+    right = None if torch.is_grad_enabled() else (logits.argmax(-1) == targets).sum()
     return loss, right, len(targets)
 
 

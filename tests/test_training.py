@@ -75,6 +75,18 @@ def test_the_loss_is_the_cross_entropy_of_the_completion_alone(family):
     assert loss.item() == pytest.approx(total, rel=1e-10)
 
 
+def test_the_gradient_of_the_loss_is_that_of_torchs_cross_entropy():
+    z = (20 * torch.randn(7, 50, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(0, 50, (7,))
+    ours = training.CrossEntropy.apply(z, targets)
+    theirs = F.cross_entropy(z, targets, reduction="sum")
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    for seed in (1.0, -0.3):
+        (a,), (b,) = (torch.autograd.grad(seed * loss, z, retain_graph=loss is theirs)
+                      for loss in (training.CrossEntropy.apply(z, targets), theirs))
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_the_head_runs_only_where_the_next_token_is_a_target():
     model = llama()
     rows = training.encode(model, TOKENIZER, DATA)
