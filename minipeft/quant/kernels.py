@@ -19,7 +19,9 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +37,7 @@ from .double_quant import MAP, QuantizedScales
 CFLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", *(("-fopenmp",) if sys.platform == "linux" else ()))
 CUDA_CFLAGS = ("-O3", "-std=c++20", "--fmad=false")
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")   # built for where there is no GPU to ask
+devices = ("cpu",)  # that the kernels are built for, once they are loaded
 _loaded = False
 _failed = ""        # why the last build failed; it is said once
 _maps = {torch.device("cpu"): MAP}     # the 256 values of double quantisation's codes, copied to each device once
@@ -63,9 +66,22 @@ def toolkit() -> Path | None:
 
 
 @cache
+def why_no_cuda() -> str:
+    """Why CUDA is not compiled here; empty if it is."""
+    if not torch.version.cuda:
+        return "this PyTorch is built without it"
+    if toolkit() is None:
+        return "no nvcc is found"
+    answer = subprocess.run([toolkit() / "bin" / "nvcc", "--version"], text=True, capture_output=True).stdout
+    release = re.search(r"release (\d+)", answer)
+    if not release or release[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {release[1] if release else '?'}, PyTorch of CUDA {torch.version.cuda}"
+    return ""
+
+
 def cuda_home() -> Path | None:
-    """The CUDA toolkit, if PyTorch is a CUDA build; else None."""
-    return toolkit() if torch.version.cuda else None
+    """The CUDA toolkit, if PyTorch is a CUDA build of the same major version; else None."""
+    return None if why_no_cuda() else toolkit()
 
 
 @cache
@@ -128,7 +144,7 @@ def _compile(verbose: bool) -> None:
     target = library().parent
     with_cuda = cuda_home() is not None
     if verbose:
-        print(f"Compiling minipeft's kernels ({'C++ and CUDA' if with_cuda else 'C++'}) with "
+        print(f"Compiling minipeft's kernels ({'C++ and CUDA' if with_cuda else f'C++; no CUDA: {why_no_cuda()}'}) with "
               f"{cpp_extension.get_cxx_compiler()}: {'several minutes' if with_cuda else 'about a minute'}, "
               f"once. The result is kept in {target}.", file=sys.stderr)
     began = time.perf_counter()
@@ -163,7 +179,7 @@ def _tools(with_cuda: bool):
 
 
 def _load() -> bool:
-    global _loaded, _failed
+    global _loaded, _failed, devices
     try:
         torch.ops.load_library(str(library()))
     except OSError as error:
@@ -173,7 +189,7 @@ def _load() -> bool:
     if wanted := os.environ.get("MINIPEFT_KERNELS"):
         path(wanted)
     _tell_shapes()
-    _loaded = True
+    _loaded, devices = True, ("cpu", "cuda") if cuda_home() else ("cpu",)
     return True
 
 

@@ -166,8 +166,7 @@ def compiled(t: Tensor, kind: str):
     """The module of the compiled kernels, where they are built and made for a tensor like `t`; else None."""
     from . import kernels
 
-    made_for = t.device.type == "cpu" or (t.device.type == "cuda" and kernels.cuda_home() is not None)
-    return kernels if kind == "nf4" and made_for and kernels.available() else None
+    return kernels if kind == "nf4" and kernels.available() and t.device.type in kernels.devices else None
 
 
 def has_values(t: Tensor) -> bool:
