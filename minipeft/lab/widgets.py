@@ -153,9 +153,8 @@ class BlockSlider:
         axes.set(xlim=(-1.03, 1.03), yticks=[])
 
     def panels(self) -> Drawing:
-        """The static form: x/s and the levels at four block sizes, each with its bits and its error."""
-        step = (len(self.sizes) - 1) / 3
-        sizes = sorted({self.sizes[round(i * step)] for i in range(4)})
+        """The static form: x/s and the levels at every other block size, each with its bits and its error."""
+        sizes = self.sizes[1::2] or self.sizes                    # 64, 256, 1024, 4096 of all eight
         figure, axes = new_figure(len(sizes), width=2.6 * len(sizes), height=2.9)
         with style():
             for place, B in zip([axes] if len(sizes) == 1 else axes, sizes, strict=True):

@@ -112,7 +112,7 @@ print(f"{in_linears:,} of its {everything:,} numbers, {in_linears / everything:.
 # | $s$ | $(\lceil n / 64 \rceil)$ | float32, or a byte |
 # | $\hat x$ | $(n)$ | made when it is needed |
 #
-# Where to put the levels? Where the weights are. Look at some: on the left all numbers of one layer, with the normal distribution of the same spread; on the right the same numbers after the division, with 16 equal steps above, and NF4's 16 levels below.
+# Where to put the levels? Where the weights are. Look at some: on the left all numbers of one layer, with the normal distribution of the same spread; on the right the same numbers after the division, with equal steps above, and NF4's 16 levels below.
 
 # %% tags=["figure"]
 from minipeft.lab.plots import COLOURS, new_figure
@@ -133,7 +133,7 @@ top = max(heights)
 for levels, y, colour, name in ((nf4.LEVELS["int4"][1:], 1.22, "orange", "equal steps"), (nf4.CODEBOOK, -0.16, "blue", "NF4")):
     right.plot(levels, [y * top] * len(levels), "|", markersize=13, markeredgewidth=2, color=COLOURS[colour])
     right.text(0, (y + (0.1 if y > 0 else -0.22)) * top, name, color=COLOURS[colour], ha="center", fontsize=10)
-right.set(xlabel="x / s, blocks of 64", yticks=[], ylim=(-0.45 * top, 1.5 * top))
+right.set(xlabel="x / s, blocks of 64", yticks=[], xticks=[-1, -0.5, 0, 0.5, 1], ylim=(-0.45 * top, 1.5 * top))
 figure
 
 # %% [markdown]
@@ -316,13 +316,13 @@ left.axvline(twice.offset.item(), color=COLOURS["vermilion"], label="their mean"
 left.set(xlabel="scale s", yticks=[], title=f"{len(scales):,} scales of {PATH.removeprefix('model.')}")
 left.legend()
 right.plot(double_quant.MAP, range(256), ".", markersize=3, color=COLOURS["blue"])
-right.set(xlabel="level", ylabel="code", title="the dynamic map")
+right.set(xlabel="level", ylabel="code", xticks=[-1, -0.5, 0, 0.5, 1], title="the dynamic map")
 display(figure)
 
 assert twice.codes.dtype == torch.uint8 and len(twice.absmax) == math.ceil(len(scales) / 256)
 both = nf4.quantize(W, double_quant=True)
 assert torch.equal(both.packed, q.packed)                               # only the scales differ
-print(f"scales off by {error(scales, again):.2%} on average")
+print(f"the scales are off by {error(scales, again):.2%}, measured as the weights are")
 lab.table([{"scales": name, "bytes": kept.nbytes, "bits a weight": kept.bits, "error": error(W, nf4.dequantize(kept))}
            for name, kept in (("float32", q), ("double quantised", both))])
 
@@ -449,7 +449,7 @@ lab.table([{"": name, "MB": size / 1e6, "of it embedding, head, norms": kept / 1
 #
 # ## On real layers
 #
-# NF4 against two other sets of 16 levels, all in blocks of 64. **int4**: equal steps. **FP4**: a floating-point number in four bits, a sign, two bits of exponent, one of fraction. Every linear layer is one point.
+# NF4 against two other sets of 16 levels, all in blocks of 64. **int4**: equal steps, the same on both sides of zero, so that one of the 16 codes is left over. **FP4**: a floating-point number in four bits, a sign, two bits of exponent, one of fraction. Every linear layer is one point.
 
 # %% tags=["figure"]
 KINDS = {"nf4": "blue", "fp4": "green", "int4": "orange"}
