@@ -17,7 +17,7 @@
 #
 # - write LoRA from its equation, plug it into a real language model, and show that nothing changed yet
 # - count what it trains, before you train it
-# - fine-tune the model on a couple of hundred medicines, and measure what it knows afterwards
+# - fine-tune the model on cards of medicines, and measure what it knows afterwards
 # - choose rank, alpha, learning rate and places by what you measured, not by what you read
 # - merge the result into the weights, take it out again, save it, and open it in Hugging Face PEFT
 #
@@ -64,23 +64,26 @@ predicted = {"percent trained": None, "best rate, LoRA / full": None, "percent o
 #
 # First you measure the frozen model. You ask it twice: with the bare question, and with three solved cards in front of it. They show it the format, which it cannot guess. `mp.score_cards` gives shares of exact answers, letter for letter: **format** (five fields), **name**, **facts** (the other four fields) and **all_facts** (all four right) forwards, **recall** (the name) in reverse.
 #
-# This is teaching data, not medical advice.
+# In ten minutes two CPU cores read about two thousand questions with their answers. A card needs several turns to be learned, so the cpu profile takes every second medicine. A GPU takes them all. This is teaching data, not medical advice.
 
 # %%
 BASE = profiles.base_model()
 model, tokenizer = mp.load_base(BASE)
-cards = {split: mp.load_data("drug_cards", split) for split in ("train", "test")}
+SHOWN = ("ibuprofen", "salbutamol", "warfarin")                # the three solved cards, see below
+
+every_name = sorted({e["card"] for e in mp.load_data("drug_cards")})
+taken = {*every_name[:: mp.pick(smoke=1, cpu=2, gpu=1)], *SHOWN, "amoxicillin"}
+cards = {split: [e for e in mp.load_data("drug_cards", split) if e["card"] in taken] for split in ("train", "test")}
 
 for direction in ("forward", "reverse"):
     one = next(e for e in cards["train"] if (e["card"], e["direction"]) == ("amoxicillin", direction))
     print(f"--- {direction}\n{one['prompt']}{one['completion']}\n")
 print("the tokenizer cuts ' amoxicillin' into", tokenizer.tokenize(" amoxicillin"))
-medicines = len({e["card"] for e in cards["train"]})
-lab.table([{"split": split, "medicines": medicines, "wordings": len(rows) // medicines, "questions": len(rows)}
+print(f"{len(taken)} of {len(every_name)} medicines are taken")
+lab.table([{"split": split, "medicines": len(taken), "wordings": len(rows) // len(taken), "questions": len(rows)}
            for split, rows in cards.items()])
 
 # %%
-SHOWN = ("ibuprofen", "salbutamol", "warfarin")                # the three solved cards
 names = sorted({e["card"] for e in cards["test"]} - set(SHOWN))
 chosen = names[:: len(names) // mp.pick(smoke=1, cpu=12, gpu=64)]
 sample = [e for e in cards["test"] if e["card"] in chosen]
@@ -412,34 +415,33 @@ report
 # %% [markdown]
 # ## The fine-tune
 #
-# Now train it on the cards, both directions. A card is learned by meeting it again, so the order matters: you spread each card's wordings evenly over the run, and no card waits long for its next turn. The cell shows one card's turns, in your order and in a shuffled one. Recalling a name is harder than copying it, so each reverse question comes once more than each forward one. `shuffle=False` keeps your order. The rate comes from a sweep like the one below. The loss counts the answer's tokens only. The curve is drawn while it runs.
+# Now train it on the cards, both directions. A card is learned by meeting it again, so the order matters: you spread each card's turns evenly over the run, in changing wordings, and no card waits long. Forward and reverse batches take turns. The cell shows one card's turns, in your order and in a shuffled one. `shuffle=False` keeps your order. The rate comes from a sweep like the one below. The loss counts the answer's tokens only. The curve is drawn while it runs.
 
 # %%
-def spread_evenly(examples: list[dict], times: int, seed: int = 0) -> list[tuple[float, dict]]:
-    """(when, example): each card `times` times at even distances in 0 … 1, each time in another wording."""
-    draw, wordings, timetable = random.Random(seed), {}, []
+def spread_evenly(examples: list[dict], times: int) -> list[dict]:
+    """Each card `times` times, at even distances, in wordings that change from turn to turn."""
+    draw, wordings, timetable = random.Random(0), {}, []
     for example in examples:
         wordings.setdefault(example["card"], []).append(example)
     for own in wordings.values():
         first = draw.random()                                  # each card has its own place in the round
-        turns = draw.sample(own, len(own))
-        timetable += [((turn + first) / times, turns[turn % len(turns)]) for turn in range(times)]
-    return timetable
+        draw.shuffle(own)
+        timetable += [(turn + first, own[turn % len(own)]) for turn in range(times)]
+    return [example for when, example in sorted(timetable, key=lambda entry: entry[0])]
 
-both = {way: [e for e in cards["train"] if e["direction"] == way] for way in ("forward", "reverse")}
-timetable = spread_evenly(both["forward"], 6) + spread_evenly(both["reverse"], 7, seed=1)
-lessons = [example for when, example in sorted(timetable, key=lambda entry: entry[0])]
-shuffled = random.Random(0).sample(lessons, len(lessons))
-for name, order in (("spread", lessons), ("shuffled", shuffled)):
-    turns = [i for i, e in enumerate(order) if (e["card"], e["direction"]) == ("amoxicillin", "forward")]
-    print(f"{name}: amoxicillin's card comes as number {turns} of {len(order):,}")
+times, size = mp.pick(smoke=1, cpu=10, gpu=10), mp.pick(smoke=2, cpu=8, gpu=8)
+forward, reverse = (spread_evenly([e for e in cards["train"] if e["direction"] == way], times) for way in ("forward", "reverse"))
+lessons = [e for at in range(0, len(forward), size) for e in forward[at : at + size] + reverse[at : at + size]]
+
+for name, order in (("spread", forward), ("shuffled", random.Random(0).sample(forward, len(forward)))):
+    print(f"{name}: amoxicillin is number {[i for i, e in enumerate(order) if e['card'] == 'amoxicillin']} of {len(order):,}")
 
 # %%
 plan = mp.FitConfig(
     steps=mp.pick(smoke=3, cpu=None, gpu=None),                # None: each lesson once
-    batch_size=mp.pick(smoke=2, cpu=8, gpu=8),
+    batch_size=size,
     shuffle=False,
-    lr=3e-3,
+    lr=2e-3,
     schedule="cosine",
     seed=0,
 )
@@ -476,7 +478,6 @@ first_lines = [answer.strip().split("\n")[0] for answer in answers]
 wrong = [(e, line) for e, line in zip(exam, first_lines) if line != e["completion"].strip()]
 print(f"{len(wrong)} of {len(exam)} answers are not exact")
 
-every_name = {e["card"] for e in cards["train"]}
 recalled = [line for e, line in wrong if e["direction"] == "reverse"]
 invented = [line for line in recalled if line not in every_name]
 print(f"of {len(recalled)} wrong names, {len(invented)} are on no card:", sorted(set(invented))[:10])
