@@ -1,7 +1,10 @@
 """The CUDA kernels in the emulator, every version and every order of the threads, against the readable PyTorch of
 nf4.py; and the faults that the emulator must find. A pass here is a pass of the emulator, not of a GPU."""
 
+import os
 import re
+import signal
+import threading
 
 import pytest
 import torch
@@ -300,6 +303,16 @@ def test_a_crash_of_the_kernel_is_an_error_and_the_process_lives_on():
     fault(stack.replace("__device__ ", "") + "__global__ void k(float* x) { x[0] = f(x, 0); }", 1, 1, [torch.zeros(1)], None, "crashed")
     pointer = "__global__ void k(float* x) {\n    *(float*)(x[0] == 0 ? 64 : 128) = 1;\n}"
     fault(pointer, 1, 1, [torch.zeros(1)], "float*)(", "outside all memory")
+
+
+def test_ctrl_c_stops_the_kernel():
+    source = "__global__ void k(float* x) {\n    while (*(volatile float*)x == 0) {}\n}"
+    program = Program(source, ["k"])
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        program.run("k", 1, 1, [torch.zeros(1)])
+    emulator.run(source.replace("while", "if"), "k", 1, 1, [torch.zeros(1)])
 
 
 def test_wide_reads_want_aligned_addresses():

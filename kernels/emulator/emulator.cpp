@@ -245,7 +245,7 @@ bool clash(const Region& r, std::uint32_t other, std::uint32_t when) {
     std::uint32_t warp = (who - 1) / 32;
     return when >= (warp_of(other) == warp ? std::max(barrier_passed, warp_barrier_passed[warp]) : barrier_passed);
 }
-[[noreturn]] void race(const Region& r, std::string place, bool write, const Byte& b, bool other_wrote, std::uint32_t at) {
+[[noreturn]] void race(const std::string& place, bool write, const Byte& b, bool other_wrote, std::uint32_t at) {
     std::uint32_t other = other_wrote ? b.writer : b.reader, when = other_wrote ? b.written : b.read;
     bool same_block = when >= block_began, one = !(other & (WARP | SEVERAL));
     std::string them = !same_block ? "another block" : one ? name_of((other & ~ATOMIC) - 1) : "other threads";
@@ -288,9 +288,9 @@ void access(void* address, std::size_t size, bool write, bool aligned, void* ret
     Byte* b = r->bytes + (p - r->begin);
     auto place = [&] { return r->name + ", element " + std::to_string((p - r->begin) / (r->element_size ? r->element_size : static_cast<std::int64_t>(size))); };
     for (std::size_t i = 0; i < size; ++i, ++b) {
-        if (clash(*r, b->writer, b->written)) race(*r, place(), write, *b, true, at);
+        if (clash(*r, b->writer, b->written)) race(place(), write, *b, true, at);
         if (write) {
-            if (clash(*r, b->reader, b->read)) race(*r, place(), write, *b, false, at);
+            if (clash(*r, b->reader, b->read)) race(place(), write, *b, false, at);
             b->writer = in_atomic ? who | ATOMIC : who;
             b->written = now;
             b->write_place = at;
@@ -327,9 +327,16 @@ void run_grid(int ordering) {
         run_block(random, ordering);
     }
 }
+volatile pid_t child;
+volatile std::sig_atomic_t interrupted;
+void interrupt(int) {                           // Ctrl-C, in the parent
+    interrupted = 1;
+    kill(child, SIGKILL);
+}
 Byte* remembered(std::size_t bytes) {
     void* memory = mmap(nullptr, bytes * sizeof(Byte) + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) stop("there is no memory to remember every access in");
+    madvise(memory, bytes * sizeof(Byte), MADV_HUGEPAGE);
     return static_cast<Byte*>(memory);
 }
 }  // namespace
@@ -377,7 +384,8 @@ extern "C" int emulator_run(void (*entry)(const Value*), const unsigned* grid, c
         next += whole(bytes[i]);
     }
     std::fflush(stdout);
-    pid_t child = fork();
+    interrupted = 0;
+    child = fork();
     if (child == 0) {
         for (int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGINT}) std::signal(s, SIG_DFL);
         std::signal(SIGVTALRM, still_running);
@@ -404,20 +412,24 @@ extern "C" int emulator_run(void (*entry)(const Value*), const unsigned* grid, c
         std::fflush(stdout);
         _exit(0);
     }
+    struct sigaction ours{}, before;
+    ours.sa_handler = interrupt;
     int status = 0;
-    pid_t ended = child < 0 ? -1 : waitpid(child, &status, 0);
-    bool good = ended == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
-    if (ended < 0 && child > 0) {               // Ctrl-C
-        kill(child, SIGKILL);
-        while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
+    pid_t ended = -1;
+    if (child > 0) {
+        sigaction(SIGINT, &ours, &before);
+        do ended = waitpid(child, &status, 0);
+        while (ended < 0 && errno == EINTR);
+        sigaction(SIGINT, &before, nullptr);
     }
+    bool good = ended > 0 && WIFEXITED(status) && WEXITSTATUS(status) == 0;
     places[0] = report->place;
     places[1] = report->other_place;
     if (good) {
         for (int i = 0; i < n; ++i)
             if (bytes[i] >= 0) std::memcpy(given[i].pointer, inside[i].pointer, bytes[i]);
     } else if (ended < 0) {
-        std::snprintf(text, text_size, child < 0 ? "no process can be started to run it in" : "interrupted");
+        std::snprintf(text, text_size, "no process can be started to run it in");
     } else if (WIFSIGNALED(status)) {
         places[0] = report->last_place;
         std::snprintf(text, text_size, "the kernel crashed behind this access (%s)", strsignal(WTERMSIG(status)));
@@ -425,6 +437,7 @@ extern "C" int emulator_run(void (*entry)(const Value*), const unsigned* grid, c
         std::snprintf(text, text_size, "%s", report->text[0] ? report->text : "the kernel ended its process");
     }
     munmap(area, room);
+    if (interrupted) raise(SIGINT);
     return !good;
 }
 }  // namespace emulator

@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from ..fetch import cache_folder
 from .kernels import source_folder
 
 ORDERS = ("rising", "falling", "shuffled", "shuffled again")
+_alone = threading.Lock()       # the machine runs one kernel at a time
 
 
 class EmulatorError(RuntimeError):
@@ -116,10 +118,11 @@ class Program:
                          else _Value(None, int(a or 0), float(a or 0), 0))
         variables = (_Variable * max(len(self.variables), 1))(*self.variables)
         text, places = ctypes.create_string_buffer(1000), (ctypes.c_uint64 * 2)()
-        failed = self.machine.emulator_run(
-            getattr(self.library, f"emulator_entry_{number}"), (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), values,
-            sizes, n, variables, len(self.variables), ORDERS.index(order), (ctypes.c_int64 * 2)(*watch), text,
-            ctypes.c_size_t(len(text)), places)
+        with _alone:
+            failed = self.machine.emulator_run(
+                getattr(self.library, f"emulator_entry_{number}"), (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block),
+                values, sizes, n, variables, len(self.variables), ORDERS.index(order), (ctypes.c_int64 * 2)(*watch), text,
+                ctypes.c_size_t(len(text)), places)
         line, other = (self._line(place) for place in places)
         if failed:
             other = f" (that was{other.replace(',', '')})" if other else ""
