@@ -129,16 +129,16 @@ for byte in range(shown // 2):
     ax.plot([2 * byte + 1] * 2, [3.26, 3.84], color=ink, linewidth=1.5)
     for half in (0, 1):
         ax.plot([2 * byte + 1, 2 * byte + half + 0.5], [2.58, 1.97], color=ink, linewidth=1.5)
-        box(2 * byte + half, 1.3, 1, f"out[{2 * byte + half}]", ink)
+        box(2 * byte + half, 1.3, 1, f"{2 * byte + half}", ink)
 for block in (0, 1):
     x0 = 2 * per_block * block
-    ax.plot([x0 + 0.1, x0 + 2 * per_block - 0.1], [2.42] * 2, color=inks[block], linewidth=3, solid_capstyle="butt", zorder=0)
-    ax.text(x0 + 2 * per_block + (0.2 if block else -12.3), 2.9, f"block {block}\nof threads", fontsize=10, color=inks[block],
-            va="center", ha="left" if block else "right")
+    ax.plot([x0 + 0.1, x0 + 2 * per_block - 0.1], [2.42] * 2, color=inks[block], linewidth=3, zorder=0)
+    ax.text(x0 + 2 * per_block + 0.3 if block else -0.3, 2.9, f"block {block}\nof threads", va="center",
+            ha="left" if block else "right", fontsize=10, color=inks[block])
 for scale in range(shown // per_scale):
     box(per_scale * scale, 0.3, per_scale, f"scale {scale}", COLOURS["green"], 0.35)
 ax.text(-0.3, 4.2, "packed", ha="right", va="center", fontsize=10)
-ax.text(-0.3, 1.6, "out", ha="right", va="center", fontsize=10)
+ax.text(-0.3, 1.6, "out, number", ha="right", va="center", fontsize=10)
 ax.text(-0.3, 0.6, "scales", ha="right", va="center", fontsize=10)
 ax.set(xlim=(-2.4, 14.3), ylim=(0.1, 5.2))
 figure
@@ -284,7 +284,7 @@ lab.table(found, caption="of 8 scales")
 #
 # The last line is the one that hurts. Nothing stops a thread from writing behind the end of an array. So every kernel asks: is my number below `n`?
 #
-# The next cell runs CUDA. `emulator.run` takes the text, the name, the grid, the block and the arguments. It runs all threads in four orders and stops at a race, an access outside, a barrier that not all reach, or a result that depends on the order. The first run compiles the emulator, which takes a while.
+# The next cell runs CUDA. `emulator.run` takes the text, the name, the grid, the block and the arguments. It runs all threads in several orders and stops at a race, an access outside, a barrier that not all reach, or a result that depends on the order. The first run compiles the emulator, which takes a while.
 
 # %%
 NO_EMULATOR = check.no_emulator()
@@ -485,7 +485,7 @@ except ImportError:
 # %% [markdown]
 # ## Nothing changed, and the bytes are counted
 #
-# A kernel may be fast; it may not touch the weights. You have seen that above: the emulator's runs left every input as it was. Before you measure speed, count what must be moved. No kernel can do with less than this: read each code and each scale once, write each number once.
+# A kernel may be fast; it may not touch the weights. In the emulator, above, the input kept its hash. At the end of this chapter you compare the hash of the codes and scales. Before you measure speed, count what must be moved. No kernel can do with less than this: read each code and each scale once, write each number once.
 #
 # ### Exercise 5: the least traffic · 5 minutes · easy
 
@@ -522,7 +522,7 @@ lab.table([{"to": name, "bytes a number": traffic(64, size) / 64, "of it written
 # %% [markdown]
 # ## The measurement
 #
-# Bytes alone do not tell you what is possible. A **copy** does: it reads and writes as fast as the machine can, and computes nothing. Its bytes per second are the ceiling. So each way is told in GB/s of the least traffic, and as a share of the copy.
+# Bytes alone do not tell you what is possible. A **copy** does: it reads and writes as fast as the machine can, and computes nothing. Its bytes per second are the mark. So each way is told in GB/s of the least traffic, and as a share of the copy's. (At the same GB/s decoding takes *less* time than the copy: it reads fewer bytes.)
 #
 # First the kernels are compiled, if they are not yet: about a minute, once. (In the smoke profile they are used only if they are there.) On a processor they come in up to three forms: plain C++, AVX2 and AVX-512. After each timing the result is compared once more: a fast wrong kernel is worth nothing.
 #
@@ -684,6 +684,10 @@ if best:
     decode = 1 / (traffic(64, size) / 64)
     right.plot(decode, decode * best["GB/s"], "D", color=COLOURS["green"], label="decoding alone")
 right.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="billion operations a second", xlim=ends)
+for axis, (low, high) in ((right.xaxis, right.get_xlim()), (right.yaxis, right.get_ylim())):
+    axis.set_ticks([tick for k in range(-3, 7) for tick in (10.0**k, 3 * 10.0**k) if low <= tick <= high])
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 right.legend(fontsize=9, loc="lower right")
 above = [f"{way}, r = {r}" for (way, r), point in points.items() if point["G/s"] > 1.02 * copy_speed * point["operations a byte"]]
 print(f"the slope: {copy_speed:.3g} GB/s; the flat: {peak:,.4g} billion operations a second; they meet at {knee:.3g} operations a byte")
@@ -755,19 +759,19 @@ __global__ void turn(const float* x, float* y, int n) {
 }
 """
 FAULTS = {
-    "none": ("", ""),
-    "the barrier is missing": ("    __syncthreads();\n", ""),
+    "none": ("", ""), "the barrier is missing": ("    __syncthreads();\n", ""),
     "it writes without asking for n": ("if (i < n) y", "y"),
     "threads without work leave before the barrier": ("    kept[t] = i < n ? x[i] : 0.0f;", "    if (i >= n) return;\n    kept[t] = x[i];"),
     "all blocks write to the same place": ("y[i]", "y[t]"),
 }
-reports = {fault: emulate(TURN.replace(*change), "turn", 2, 64, [torch.randn(100), torch.zeros(100), 100])
-           for fault, change in FAULTS.items()}
+reports, full_blocks = ({fault: emulate(TURN.replace(*change), "turn", 2, 64, [torch.randn(k), torch.zeros(k), k])
+                         for fault, change in FAULTS.items()} for k in (100, 128))
 print("\n".join(f"{fault}:\n    {says or 'nothing'}\n" for fault, says in reports.items()))
+print("nothing is said against these at 128 numbers:", [fault for fault, says in full_blocks.items() if not says])
 assert NO_EMULATOR or [fault for fault, says in reports.items() if not says] == ["none"]
 
 # %% [markdown]
-# The sizes matter as much as the checks. 100 is no multiple of 64, so the last block is not full. At 128 two of these faults are no faults at all. That is why a kernel is tried at 1, 63, 64 and 65, and not only at the sizes that a model has.
+# The sizes matter as much as the checks. At 100 numbers the last block is not full. At 128 it is, and the last line lists what then goes unnoticed. That is why a kernel is tried at 1, 63, 64 and 65, and not only at the sizes that a model has.
 #
 # ## Exercise 6: find the bug · 10 minutes · medium
 #
@@ -885,7 +889,7 @@ lab.quiz([
                  "in not writing the decoded matrix at all": "Decode inside the product: most of the bytes are the result, written and read again."}},
     {"question": "Your kernel passes the emulator. What does that tell you about the GPU?", "right": "the text computes the right thing in the orders tried; speed and the rest are open",
      "choices": {"that it is fast": "The emulator counts nothing that a GPU spends.",
-                 "that it will pass there": "Likely, not certain: the emulator has its own arithmetic, and tries four orders of very many.",
+                 "that it will pass there": "Likely, not certain: the emulator has its own arithmetic, and tries a few orders of very many.",
                  "the text computes the right thing in the orders tried; speed and the rest are open": "And that no access was outside and no race was seen. So say which pass it was.",
                  "nothing": "It ran the same text and watched every access."}},
 ])
