@@ -59,10 +59,13 @@ def sources() -> tuple[Path, ...]:
 
 @cache
 def toolkit() -> Path | None:
-    """The CUDA toolkit, the folder with bin/nvcc; None if there is none."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    home = Path(os.environ.get("CUDA_HOME") or Path(nvcc).resolve().parents[1])
-    return home if (home / "bin" / "nvcc").exists() else None
+    """The CUDA toolkit, the folder with bin/nvcc and its headers; None if there is none. The nvcc of the PATH may be
+    a script that calls another."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    candidates += sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
+    return next((home for home in map(Path, filter(None, candidates))
+                 if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists()), None)
 
 
 @cache
@@ -130,7 +133,8 @@ def build(verbose: bool = True) -> bool:
             if not library().exists():
                 _compile(verbose)
     except Exception as error:      # of many kinds: no compiler, no ninja, no room, a compiler that stops
-        _failed = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        _failed = next((line for line in lines if "error:" in line), lines[0])      # the compiler's own, if it got so far
         print(f"The compiled kernels cannot be built here ({_failed}). minipeft uses PyTorch in their place: "
               "the same results, more slowly.", file=sys.stderr)
         return False
