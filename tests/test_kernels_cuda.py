@@ -33,7 +33,7 @@ def compiled(name: str) -> str:
     command = [nvcc, "-c", str(CUDA / f"{name}.cu"), "-o", os.devnull, *kernels.CUDA_CFLAGS, "-Xptxas", "-v", "--threads", "2"]
     command += [part for a in ARCHITECTURES for part in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
     text = (CUDA / f"{name}.cu").read_text() + (CUDA / "nf4.cuh").read_text()
-    kept = cache_folder() / "ptxas" / f"{name}-{hashlib.sha256((version + str(command) + text).encode()).hexdigest()[:16]}.txt"
+    kept = cache_folder() / "ptxas" / f"{name}-{hashlib.sha256((version + str(command[1:]) + text).encode()).hexdigest()[:16]}.txt"
     if not kept.exists():
         done = subprocess.run(command, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
