@@ -25,7 +25,7 @@ help:
 	@echo "make test-notebooks   run every notebook, student's and solution, in the smoke profile"
 	@echo "make results          measure the course's tables again (cpu profile; takes long)"
 	@echo "make notebooks        build the notebooks from notebooks/source"
-	@echo "make bench            time and memory beside Hugging Face PEFT"
+	@echo "make bench            time and memory beside Hugging Face PEFT and bitsandbytes"
 	@echo "make setup            set up only: .venv, packages, base models, data"
 	@echo "make clean            remove .venv and everything built; the model cache stays"
 
@@ -88,6 +88,7 @@ notebooks: $(INSTALLED)
 
 bench: setup
 	$(PYTHON) tests/bench.py
+	$(PYTHON) tests/bench_gpu.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis

@@ -737,7 +737,7 @@ def results(course: Course, names: list[str], profile: str) -> list[Run]:
         if runs[-1].recorded:
             about = {k: entry[k] for k in ("command", "date", "device", "versions", "source_hash")}
             _write_json(
-                folder / f"{name}.json",
+                folder / f"{name}{'' if profile == 'cpu' else '.' + profile}.json",
                 {"notebook": name, "profile": profile, **about, "figures": runs[-1].recorded},
             )
     return runs

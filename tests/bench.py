@@ -2,14 +2,16 @@
 
     python tests/bench.py [--repeats 3] [--steps 8] [--only finetune,dora]
 
-Every figure is a ratio, ours / theirs, of medians over repeats that take turns, each repeat in a
-process of its own, so that what else the machine does falls on both alike. The results go to
-`data/results/bench.json`, each measurement with date, versions and machine; what is not measured
-again stays there as it was.
+Every figure is a ratio, ours / theirs, of medians over repeats that take turns, so that what else the
+machine does falls on both alike: whole runs (import, attach, finetune) each in a process of its own;
+single steps, products and answers one after the other in one process; memory in one process a side.
+The results go to `data/results/bench.json`, each measurement with date, versions and machine; what
+is not measured again stays there as it was.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -27,6 +29,7 @@ SIDES = {  # what is measured -> the sides that take turns
     "quantize": ("ours", "bnb"), "dequantize": ("ours", "bnb", "copy"), "product": ("ours", "bnb", "float32"),
     "generate": ("ours", "bnb", "float32"), "qlora": ("ours", "peft", "peft_bf16"),
 }
+WHOLE, TRAINED = ("import", "attach", "finetune"), ("prompt", "prefix", "dora", "qlora")
 BESIDE = {"lora": "our LoRA", "bnb": "bitsandbytes", "copy": "a copy", "peft_bf16": "peft, bf16"}   # names in the table
 SIDE = 4096         # of the matrix that is quantised, dequantised, multiplied with
 
@@ -135,78 +138,103 @@ def where(model, tokenizer, examples) -> dict:
     return {k: round(v, 3) for k, v in times.items()}
 
 
-def steps_of(model, parameters, steps: int, padded: bool = True) -> dict:
-    """Plain optimizer steps on rows with labels, the same for both sides: median seconds of a step, peak memory.
+# ---- one training step, side beside side in one process ----
 
-    8 rows of up to 48 tokens, a prompt of 12 in each; or, not padded, 8×64 tokens, all learned.
-    """
+def rows_for(what: str) -> list:
+    """Encoded examples: 8 of 20 to 48 tokens, a prompt of 12 in each; for qlora 8 of 64, all learned."""
     import torch
+
+    from minipeft.training import Row
     torch.manual_seed(0)
-    ids = torch.randint(5, 1000, (8, 48 if padded else 64))
-    mask = (torch.arange(48) < torch.arange(48, 16, -4)[:, None]).long() if padded else torch.ones_like(ids)
-    labels = ids.masked_fill((mask == 0) | (torch.arange(48) < 12), -100) if padded else ids
-    optimizer, times = torch.optim.AdamW(parameters, lr=1e-3, fused=True), []
+    ids = torch.randint(5, 1000, (8, 64)).tolist()
+    return [Row(row, start=1) for row in ids] if what == "qlora" else [Row(row[: 48 - 4 * i], start=12) for i, row in enumerate(ids)]
+
+
+def our_step(model, rows):
+    """A step as `mp.fit` takes it."""
+    import torch
+
+    import minipeft as mp
+    from minipeft import training
+    config, steps, taken = mp.FitConfig(batch_size=len(rows), lr=1e-3, shuffle=False, progress=False), 10_000, itertools.count()
+    weights = training.trainable(model)
+    optimizer, scaler = training._optimizer(weights, config), torch.amp.GradScaler("cpu", enabled=False)
+    precision = training._precision(model, config.precision)
+    lanes = training.Lanes(model, config.max_tokens, training._one_at_a_time(model, rows, weights, config))
     model.train()
-    loaded, peak = watched()
-    for _ in range(steps):
-        began = time.perf_counter()
-        model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+    return lambda: training._step(model, rows, weights, optimizer, scaler, mp.base.tokenizer_of(model), config, precision,
+                                  next(taken), steps, lanes)
+
+
+def peft_step(model, rows):
+    """A step as transformers' Trainer takes it: one padded batch, the model's own loss, clipping, AdamW."""
+    import torch
+
+    from minipeft import profiles
+    longest = max(map(len, rows))
+    ids = torch.tensor([r.ids + [0] * (longest - len(r)) for r in rows])
+    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
+    labels = ids.masked_fill((mask == 0) | (torch.arange(longest) < torch.tensor([r.start for r in rows])[:, None]), -100)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
+    model.train()
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=profiles.precision("cpu") == "bf16"):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(times[1:]), "peak": peak(), "above_loaded": peak() - loaded}
+    return step
 
 
-def learned_ours(method, steps: int) -> dict:
+def ours(method, kind: str = "float32"):
     import minipeft as mp
-    model, _ = mp.load_base("smollm2-135m")
-    return steps_of(model, list(mp.attach(model, method).parameters()), steps)
+    model, _ = smollm(kind)
+    mp.attach(model, method)
+    return model
 
 
-def learned_peft(config, steps: int) -> dict:
+def theirs(config, kind: str = "float32"):
     from peft import get_peft_model
+    return get_peft_model(smollm(kind)[0], config)
 
+
+def trained(what: str, side: str):
+    """The model of one side, ready to be trained."""
     import minipeft as mp
-    model = get_peft_model(mp.load_base("smollm2-135m")[0], config)
-    return steps_of(model, [p for p in model.parameters() if p.requires_grad], steps)
+    if side in ("ours", "lora"):
+        low_rank = {"rank": RANK, "alpha": 2 * RANK, "targets": "all-linear"}
+        if what == "qlora":
+            return ours(mp.LoRA(**low_rank), "ours")
+        return ours({"prompt": lambda: mp.PromptTuning(20), "prefix": lambda: mp.PrefixTuning(20, hidden=192),
+                     "dora": lambda: (mp.LoRA if side == "lora" else mp.DoRA)(**low_rank)}[what]())
+    from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
+    low_rank = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if what == "qlora":
+        return theirs(LoraConfig(**low_rank), "bnb bf16" if side == "peft_bf16" else "bnb")
+    return theirs({"prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
+                   "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, prefix_projection=True,
+                                                        encoder_hidden_size=192),
+                   "dora": lambda: LoraConfig(**low_rank, use_dora=True)}[what]())
 
 
-def prompt_ours(steps, seed) -> dict:
-    import minipeft as mp
-    return learned_ours(mp.PromptTuning(20), steps)
+def stepper(what: str, side: str, model):
+    return (our_step if side in ("ours", "lora") else peft_step)(model, rows_for(what))
 
 
-def prompt_peft(steps, seed) -> dict:
-    from peft import PromptTuningConfig
-    return learned_peft(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20), steps)
+def steps_turns(what: str, steps: int) -> dict:
+    return in_turns({side: stepper(what, side, trained(what, side)) for side in SIDES[what]}, steps)
 
 
-def prefix_ours(steps, seed) -> dict:
-    import minipeft as mp
-    return learned_ours(mp.PrefixTuning(20, hidden=192), steps)
-
-
-def prefix_peft(steps, seed) -> dict:
-    from peft import PrefixTuningConfig
-    return learned_peft(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, prefix_projection=True,
-                                           encoder_hidden_size=192), steps)
-
-
-def dora_ours(steps, seed) -> dict:
-    import minipeft as mp
-    return learned_ours(mp.DoRA(rank=RANK, alpha=2 * RANK, targets="all-linear"), steps)
-
-
-def dora_peft(steps, seed) -> dict:
-    from peft import LoraConfig
-    return learned_peft(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", use_dora=True,
-                                   task_type="CAUSAL_LM"), steps)
-
-
-def dora_lora(steps, seed) -> dict:
-    """Our LoRA of the same rank at the same places."""
-    import minipeft as mp
-    return learned_ours(mp.LoRA(rank=RANK, alpha=2 * RANK, targets="all-linear"), steps)
+def steps_memory(what: str, side: str, steps: int) -> dict:
+    model = trained(what, side)
+    step = stepper(what, side, model)
+    loaded, peak = watched()
+    for _ in range(min(steps, 3)):
+        step()
+    return {"peak": peak(), "above_loaded": peak() - loaded}
 
 
 def attach_ours(steps, seed) -> dict:
@@ -259,84 +287,58 @@ def kernels_built():
     return kernels, torch.randn(SIDE, SIDE)
 
 
-def seconds_of(job, repeats: int = 9) -> float:
-    """Median seconds, after two runs that warm up."""
-    import torch
-    times = []
-    with torch.inference_mode():
-        for _ in range(repeats + 2):
+def in_turns(jobs: dict, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each job, `repeats` times, the jobs taking turns, after two rounds that warm up."""
+    seconds = {name: [] for name in jobs}
+    for repeat in range(repeats + 2):
+        names = list(jobs)
+        for name in names[repeat % len(names):] + names[:repeat % len(names)]:
             began = time.perf_counter()
-            job()
-            times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
+            jobs[name]()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: taken[2:] for name, taken in seconds.items()}
 
 
-def quantize_ours(steps, seed) -> dict:
-    kernels, W = kernels_built()
-    return {"seconds": seconds_of(lambda: kernels.quantize(W))}
-
-
-def quantize_bnb(steps, seed) -> dict:
+def quantize_turns(repeats) -> dict:
     from bitsandbytes import functional
-    _, W = kernels_built()
-    return {"seconds": seconds_of(lambda: functional.quantize_4bit(W, quant_type="nf4"), 5)}
-
-
-def dequantize_ours(steps, seed) -> dict:
     kernels, W = kernels_built()
-    (packed, absmax), out, n = kernels.quantize(W), W.clone().view(-1), W.numel()
-    return {"new": seconds_of(lambda: kernels.dequantize(packed, absmax, n)),
-            "existing": seconds_of(lambda: kernels.dequantize(packed, absmax, n, out=out))}
+    return in_turns({"ours": lambda: kernels.quantize(W), "bnb": lambda: functional.quantize_4bit(W, quant_type="nf4")}, repeats)
 
 
-def dequantize_bnb(steps, seed) -> dict:
-    """Into an existing tensor it has no kernel on a CPU."""
-    from bitsandbytes import functional
-    _, W = kernels_built()
-    packed, state = functional.quantize_4bit(W, quant_type="nf4")
-    return {"new": seconds_of(lambda: functional.dequantize_4bit(packed, state))}
-
-
-def dequantize_copy(steps, seed) -> dict:
-    _, W = kernels_built()
-    out = W.clone()
-    return {"new": seconds_of(W.clone), "existing": seconds_of(lambda: out.copy_(W))}
-
-
-def product_of(layer, bf16: bool = True) -> dict:
-    """Seconds for each number of rows; of 512 also in bfloat16 where the processor multiplies in it."""
+def dequantize_turns(repeats) -> dict:
+    """Into an existing tensor bitsandbytes has no kernel on a CPU."""
     import torch
-    seconds = {f"rows {n}": seconds_of(lambda x=torch.randn(n, SIDE): layer(x), 25 if n < 512 else 9) for n in (1, 8, 32, 512)}
-    if bf16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        x = torch.randn(512, SIDE, dtype=torch.bfloat16)
-        seconds["rows 512, bf16"] = seconds_of(lambda: layer(x))
-    return seconds
+    from bitsandbytes import functional
+    kernels, W = kernels_built()
+    (packed, absmax), (theirs, state), out, n = kernels.quantize(W), functional.quantize_4bit(W, quant_type="nf4"), W.clone(), W.numel()
+    with torch.inference_mode():
+        new = in_turns({"ours": lambda: kernels.dequantize(packed, absmax, n), "bnb": lambda: functional.dequantize_4bit(theirs, state),
+                        "copy": W.clone}, repeats)
+        existing = in_turns({"ours": lambda: kernels.dequantize(packed, absmax, n, out=out.view(-1)),
+                             "copy": lambda: out.copy_(W)}, repeats)
+    return {"new": new, "existing": existing}
 
 
-def product_ours(steps, seed) -> dict:
+def product_turns(repeats) -> dict:
+    """bitsandbytes in eval mode, which is when it uses its packed kernel, and in both of its compute types."""
     import torch
 
     import minipeft as mp
     _, W = kernels_built()
     linear = torch.nn.Linear(SIDE, SIDE, bias=False)
     linear.weight.data = W
-    return product_of(mp.Linear4bit.of(linear, double_quant=False).eval())
-
-
-def product_bnb(steps, seed) -> dict:
-    """In eval mode, which is when it uses its packed kernel; in the faster of its two compute types."""
-    import torch
-    _, W = kernels_built()
-    found = [product_of(bnb_linear(W, None, dtype, False).eval()) for dtype in (torch.float32, torch.bfloat16)]
-    return {rows: min(f[rows] for f in found) for rows in found[0]}
-
-
-def product_float32(steps, seed) -> dict:
-    import torch
-    _, W = kernels_built()
-
-    found = product_of(lambda x: torch.nn.functional.linear(x, W), bf16=False)
-    return found | {"rows 512, bf16": found["rows 512"]}
+    ours = mp.Linear4bit.of(linear, double_quant=False).eval()
+    theirs = {f"bnb {dtype}": bnb_linear(W, None, dtype, False).eval() for dtype in (torch.float32, torch.bfloat16)}
+    shapes = [(f"rows {n}", torch.randn(n, SIDE)) for n in (1, 8, 32, 512)]
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        shapes.append(("rows 512, bf16", shapes[-1][1].bfloat16()))
+    found = {}
+    with torch.inference_mode():
+        for name, x in shapes:
+            full = shapes[3][1] if name.endswith("bf16") else x          # held against float32 in both cases
+            jobs = {"ours": lambda: ours(x), "float32": lambda: torch.nn.functional.linear(full, W)}
+            found[name] = in_turns(jobs | {kind: lambda layer=layer: layer(x) for kind, layer in theirs.items()}, repeats)
+    return found
 
 
 def bnb_linear(W, bias, compute_dtype, double_quant: bool):
@@ -368,55 +370,20 @@ def smollm(kind: str):
     return model.eval(), tokenizer
 
 
-def generate_of(kind: str) -> dict:
-    """Seconds a token of one greedy answer of 48 tokens."""
+def generate_turns(repeats) -> dict:
+    """Seconds a token of one greedy answer of 48 tokens; bitsandbytes in both of its compute types."""
     import minipeft as mp
-    model, tokenizer = smollm(kind)
     prompt = "What is paracetamol used for?\n"
 
-    def answer(tokens):
+    def answer(kind):
+        model, tokenizer = smollm(kind)
         if kind == "ours":
-            mp.generate(model, tokenizer, [prompt], max_new_tokens=tokens, min_new_tokens=tokens)
-        else:
-            model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=tokens, min_new_tokens=tokens,
-                           do_sample=False, pad_token_id=tokenizer.eos_token_id)
+            return lambda: mp.generate(model, tokenizer, [prompt], max_new_tokens=48, min_new_tokens=48)
+        return lambda: model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=48, min_new_tokens=48,
+                                      do_sample=False, pad_token_id=tokenizer.eos_token_id)
 
-    answer(8)
-    return {"seconds": seconds_of(lambda: answer(48), 3) / 48}
-
-
-def generate_ours(steps, seed) -> dict:
-    return generate_of("ours")
-
-
-def generate_bnb(steps, seed) -> dict:
-    """In the faster of its compute types."""
-    return min((generate_of(kind) for kind in ("bnb", "bnb bf16")), key=lambda r: r["seconds"])
-
-
-def generate_float32(steps, seed) -> dict:
-    return generate_of("float32")
-
-
-def qlora_ours(steps, seed) -> dict:
-    import minipeft as mp
-    model, _ = smollm("ours")
-    adapter = mp.attach(model, mp.LoRA(rank=RANK, alpha=2 * RANK, targets="all-linear"))
-    return steps_of(model, list(adapter.parameters()), steps, padded=False)
-
-
-def qlora_of_peft(kind: str, steps: int) -> dict:
-    from peft import LoraConfig, get_peft_model
-    model = get_peft_model(smollm(kind)[0], LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return steps_of(model, [p for p in model.parameters() if p.requires_grad], steps, padded=False)
-
-
-def qlora_peft(steps, seed) -> dict:
-    return qlora_of_peft("bnb", steps)
-
-
-def qlora_peft_bf16(steps, seed) -> dict:
-    return qlora_of_peft("bnb bf16", steps)
+    found = in_turns({kind: answer(kind) for kind in ("ours", "bnb", "bnb bf16", "float32")}, repeats)
+    return {kind: [t / 48 for t in seconds] for kind, seconds in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -432,25 +399,41 @@ def measure(worker: str, steps: int, seed: int) -> dict:
 
 
 def take_turns(what: str, steps: int, repeats: int) -> dict[str, list[dict]]:
-    """The results of each side, in an order that turns round from repeat to repeat."""
+    """The results of each side; a result is a dict of figures."""
     from tqdm import tqdm
     results = {side: [] for side in SIDES[what]}
-    for repeat in tqdm(range(repeats), desc=what, unit="turn"):
-        for side in SIDES[what] if repeat % 2 == 0 else SIDES[what][::-1]:
-            results[side].append(measure(f"{what}_{side}", steps, repeat))
+    if what in WHOLE:
+        for repeat in tqdm(range(repeats), desc=what, unit="turn"):
+            for side in SIDES[what] if repeat % 2 == 0 else SIDES[what][::-1]:
+                results[side].append(measure(f"{what}_{side}", steps, repeat))
+        return results
+    print(f"{what}: the sides take turns", file=sys.stderr, flush=True)
+    if what in TRAINED:
+        found = {"seconds": measure(f"steps_turns:{what}", 3 * repeats, 0)}
+        for side in SIDES[what]:
+            results[side].append(measure(f"steps_memory:{what},{side}", steps, 0))
+    else:
+        found = measure(f"{what}_turns", (5 if what == "generate" else 9) * repeats, 0)
+    for figure, sides in (found if isinstance(next(iter(next(iter(found.values())))), str) else {"seconds": found}).items():
+        for side in SIDES[what]:
+            kinds = [taken for kind, taken in sides.items() if kind == side or side == "bnb" and kind.startswith("bnb ")]
+            if kinds:                                            # bitsandbytes in its faster compute type
+                results[side] += [{figure: t} for t in min(kinds, key=statistics.median)]
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of the fine-tune; of the others, one more than timed")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of the fine-tune")
     parser.add_argument("--only", default=",".join(SIDES), help="what to measure, with commas between")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
-        print(json.dumps(globals()[chosen.worker](chosen.steps, chosen.seed)))
+        name, _, more = chosen.worker.partition(":")
+        arguments = [*more.split(","), chosen.steps] if more else [chosen.steps] if name.endswith("_turns") else [chosen.steps, chosen.seed]
+        print(json.dumps(globals()[name](*arguments)))
         return
 
     chosen.only = chosen.only.split(",")
@@ -458,7 +441,7 @@ def main() -> None:
         if what not in SIDES:
             parser.error(f"--only has {what!r}; accepted are {', '.join(SIDES)}")
     if chosen.steps < 2:
-        parser.error(f"--steps is {chosen.steps}; accepted is a whole number from 2: the first step is not timed")
+        parser.error(f"--steps is {chosen.steps}; accepted is a whole number from 2")
     for what in chosen.only:
         results = take_turns(what, chosen.steps, chosen.repeats)
         rows, more = rows_of(what, results), {}
@@ -482,7 +465,7 @@ def rows_of(what: str, results: dict[str, list[dict]]) -> list[dict]:
     """
     def row(name, key, asked, unit="s", beside="peft"):
         scale = 2**30 if unit == "GiB" else 1.0
-        ours, theirs = (statistics.median(r[key] for r in results[side]) / scale for side in ("ours", beside))
+        ours, theirs = (statistics.median(r[key] for r in results[side] if key in r) / scale for side in ("ours", beside))
         reached = ours <= (asked if unit == "s, absolute" else asked * theirs)
         return {"what": name, "of": what, "ours": ours, "beside": BESIDE.get(beside, beside),
                 "theirs": theirs, "ratio": ours / theirs, "asked": asked, "unit": unit, "reached": reached}
@@ -504,11 +487,11 @@ def rows_of(what: str, results: dict[str, list[dict]]) -> list[dict]:
         limits = {"bnb": {"rows 1": 0.8, "rows 8": 0.5, "rows 32": 0.5},
                   "float32": {"rows 1": 0.5, "rows 512": 1.2, "rows 512, bf16": 0.3}}
         return [row(f"NF4, {SIDE}×{SIDE}: product, {rows}", rows, asked, beside=beside) for beside, of in limits.items()
-                for rows, asked in of.items() if rows in results["ours"][0]]
+                for rows, asked in of.items() if any(rows in r for r in results["ours"])]
     if what == "generate":
         return [row("NF4 SmolLM2: greedy, a token", "seconds", 1 / 1.4, beside=beside) for beside in ("bnb", "float32")]
     if what == "qlora":
-        faster = min(("peft", "peft_bf16"), key=lambda side: statistics.median(r["seconds"] for r in results[side]))
+        faster = min(("peft", "peft_bf16"), key=lambda side: statistics.median(r["seconds"] for r in results[side] if "seconds" in r))
         return [row("QLoRA: a training step of 8×64", "seconds", 0.75, beside=faster),
                 row("QLoRA: peak memory of the process", "peak", 1.0, "GiB", faster)]
     name = "DoRA" if what == "dora" else f"{what} tuning"

@@ -44,4 +44,24 @@ def test_four_bits_are_held_against_the_faster_compute_type_and_what_is_not_meas
 
 def test_every_measurement_has_a_worker_for_each_side():
     for what, sides in bench.SIDES.items():
-        assert sides[0] == "ours" and all(callable(getattr(bench, f"{what}_{side}")) for side in sides)
+        assert sides[0] == "ours"
+        if what in bench.WHOLE:
+            assert all(callable(getattr(bench, f"{what}_{side}")) for side in sides)
+        elif what not in bench.TRAINED:
+            assert callable(getattr(bench, f"{what}_turns"))
+
+
+def test_of_two_compute_types_the_faster_one_counts_and_memory_is_measured_apart(monkeypatch):
+    answers = {"product_turns": {"rows 1": {"ours": [1.0], "float32": [3.0], "bnb torch.float32": [2.0, 2.2], "bnb torch.bfloat16": [5.0, 0.1]}},
+               "steps_turns:prompt": {"ours": [1.0, 2.0], "peft": [4.0, 4.0]}}
+    monkeypatch.setattr(bench, "measure", lambda worker, steps, seed: answers.get(worker, {"peak": 7.0, "above_loaded": len(worker)}))
+    assert bench.take_turns("product", 2, 1) == {"ours": [{"rows 1": 1.0}], "bnb": [{"rows 1": 2.0}, {"rows 1": 2.2}], "float32": [{"rows 1": 3.0}]}
+    found = bench.take_turns("prompt", 2, 1)
+    assert [(r["ours"], r["theirs"]) for r in bench.rows_of("prompt", found)][0] == (1.5, 4.0)
+    assert found["peft"][0] == {"peak": 7.0, "above_loaded": len("steps_memory:prompt,peft")}
+
+
+def test_jobs_take_turns_and_the_first_two_rounds_do_not_count():
+    done = []
+    taken = bench.in_turns({name: lambda name=name: done.append(name) for name in "abc"}, 4)
+    assert "".join(done) == "abcbcacababcbcacab" and {len(t) for t in taken.values()} == {4}

@@ -14,7 +14,7 @@ from minipeft.quant.emulator import EmulatorError, Program
 
 CUDA = kernels.source_folder() / "cuda"
 TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
-VERSIONS = {"quantize": 4, "dequantize": 4, "product": 3}
+VERSIONS = {"quantize": 5, "dequantize": 5, "product": 4}
 SIZES = (1, 63, 64, 65, 4095, 4096)
 LARGE = 1_000_003
 
@@ -65,10 +65,10 @@ def quantised(program: Program, version: int, x: torch.Tensor, block_size: int =
         launch(2, blocks, 64, n, block_size)
     elif version == 3:
         launch(3, ceil(blocks, 8), 256, n, block_size, 0)
-    else:                                   # as quantize_launch does: 4 for the full blocks, 3 for what is left over
+    else:                                   # as quantize_launch does: full blocks, and 3 for what is left over
         whole = n // 64
         if whole:
-            launch(4, ceil(whole, 32), 256, whole)
+            launch(version, ceil(whole, 32), 256, whole)
         if blocks > whole:
             launch(3, ceil(blocks - whole, 8), 256, n, 64, whole)
     return packed, absmax
@@ -108,7 +108,7 @@ def scales_of(q: nf4.Quantized) -> list:
     return [s, None, None, None] if isinstance(s, torch.Tensor) else [s.absmax, s.codes, double_quant.MAP, s.offset.view(1)]
 
 
-PER_THREAD = {1: 1, 2: 2, 3: 2, 4: 32}      # elements
+PER_THREAD = {1: 1, 2: 2, 3: 2, 4: 32, 5: 32}      # elements
 
 
 @cases("dequantize")
@@ -121,22 +121,23 @@ def test_dequantising_gives_the_numbers_of_nf4_to_the_last_bit(programs, version
         assert torch.equal(out, nf4.dequantize(q, dtype))
 
 
-# rows of x; outputs, columns and block size of W. Version 3 wants multiples of 32.
+# rows of x; outputs, columns and block size of W. Version 3 wants multiples of 32, version 4 of 8.
 SHAPES = [(1, 5, 77, 64), (2, 3, 1, 64), (4, 7, 130, 64), (9, 2, 33, 32), *((rows, 9, 192, 64) for rows in (1, 2, 3, 5, 31, 64)),
-          (7, 5, 96, 32), (1, 3, 2080, 64), (5, 17, 256, 128)]
+          (7, 5, 96, 32), (3, 6, 40, 64), (1, 3, 2080, 64), (5, 17, 256, 128)]
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["plain scales", "double-quantised"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_products_have_the_accuracy_of_their_type(programs, version, dtype, double):
     for rows, outputs, columns, block_size in SHAPES:
-        if version == 3 and columns % 32:
+        if columns % {3: 32, 4: 8}.get(version, 1):
             continue
         x = torch.randn(rows, columns).to(dtype)
         q = nf4.quantize(torch.randn(outputs, columns), block_size, double_quant=double and outputs * columns > block_size)
         y = torch.full((rows, outputs), torch.nan, dtype=dtype)
-        grid = {1: ceil(rows * outputs, 128), 2: ceil(rows * outputs, 8), 3: (ceil(outputs, 8), ceil(rows, 4))}[version]
+        grid = {1: ceil(rows * outputs, 128), 2: ceil(rows * outputs, 8), 3: (ceil(outputs, 8), ceil(rows, 4)),
+                4: (ceil(outputs, 32), ceil(rows, 4))}[version]
         programs["product"].run(f"product_{version}<{TYPES[dtype]}>", grid, 128 if version == 1 else 256,
                                 [x, q.packed, *scales_of(q), y, rows, outputs, columns, block_size])
         W = nf4.dequantize(q, torch.float32).double()

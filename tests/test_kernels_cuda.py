@@ -18,7 +18,7 @@ from minipeft.quant import double_quant, kernels, nf4
 REPO = Path(__file__).resolve().parents[1]
 CUDA = kernels.source_folder() / "cuda"
 ARCHITECTURES = [a.replace(".", "") for a in kernels.ARCHITECTURES]
-VERSIONS = {"quantize": 4, "dequantize": 4, "product": 3}
+VERSIONS = {"quantize": 5, "dequantize": 5, "product": 4}
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -125,7 +125,7 @@ def test_on_a_gpu_codes_scales_and_values_are_those_of_the_readable_pytorch(gpu,
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_on_a_gpu_products_and_their_gradients_have_the_accuracy_of_their_type(gpu, dtype):
     torch.manual_seed(0)
-    for rows, outputs, columns in [(1, 5, 77), (2, 3, 1), *((r, 37, 192) for r in (1, 2, 5, 64, 65)), (7, 33, 2080)]:
+    for rows, outputs, columns in [(1, 5, 77), (2, 3, 1), *((r, 37, 192) for r in (1, 2, 3, 4, 5, 64, 65)), (3, 6, 40), (7, 33, 2080)]:
         packed, absmax = kernels.quantize(torch.randn(outputs, columns, device=gpu))
         W = kernels.dequantize(packed, absmax, outputs * columns).view(outputs, columns).double().cpu()
         x = torch.randn(rows, columns, device=gpu).to(dtype).requires_grad_()

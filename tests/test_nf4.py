@@ -40,6 +40,17 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(WORD.get(a.dtype, a.dtype)), b.view(WORD.get(b.dtype, b.dtype)))
 
 
+def their_values(packed: torch.Tensor, state) -> torch.Tensor:
+    """What bitsandbytes dequantises to. On AVX-512 it rounds to float16 in its own way (ties away from zero, denormals
+    to zero): there its float32 is taken, rounded by numpy as IEEE 754 says."""
+    if state.dtype != torch.float16 or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return bnb.dequantize_4bit(packed, state)
+    state.dtype = torch.float32
+    values = torch.from_numpy(bnb.dequantize_4bit(packed, state).numpy().astype("float16"))
+    state.dtype = torch.float16
+    return values
+
+
 def agrees(t: torch.Tensor, block_size: int = 64, kind: str = "nf4", nested: bool = False) -> bool:
     """Whether codes, scales (and theirs) and values are those of bitsandbytes."""
     packed, state = bnb.quantize_4bit(t, blocksize=block_size, quant_type=kind, compress_statistics=nested)
@@ -49,7 +60,7 @@ def agrees(t: torch.Tensor, block_size: int = 64, kind: str = "nf4", nested: boo
         pairs += [(q.scales.codes, state.absmax), (q.scales.absmax, state.state2.absmax), (q.scales.offset, state.offset)]
     else:
         pairs += [(q.scales, state.absmax)]
-    ours, theirs = mp.nf4.dequantize(q), bnb.dequantize_4bit(packed, state).view(t.shape)  # it makes rows of vectors
+    ours, theirs = mp.nf4.dequantize(q), their_values(packed, state).view(t.shape)  # it makes rows of vectors
     # bitsandbytes gives FP4's second zero a sign or none, depending on the size
     values = torch.equal(ours, theirs) if kind == "fp4" else same_bits(ours, theirs)
     return values and all(same_bits(a, b) for a, b in pairs)

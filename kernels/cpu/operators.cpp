@@ -33,7 +33,7 @@ const Path* chosen = paths().front();
 std::string path(const std::string& name) {
     for (const Path* p : paths())
         if (p->name == name) chosen = p;
-    TORCH_CHECK_VALUE(name.empty() || chosen->name == name, "this processor has no path '", name, "'; it has: ", path(""));
+    CHECK_VALUE(name.empty() || chosen->name == name, "this processor has no path '", name, "'; it has: ", path(""));
     std::string names = chosen->name;
     for (const Path* p : paths())
         if (p != chosen) names += std::string(" ") + p->name;
@@ -45,7 +45,7 @@ template <class Do> void with_type(at::ScalarType type, const Do& run) {
         case at::kFloat: return run(chosen->f32, float());
         case at::kHalf: return run(chosen->f16, at::Half());
         case at::kBFloat16: return run(chosen->bf16, at::BFloat16());
-        default: TORCH_CHECK_TYPE(false, "NF4 wants float32, float16 or bfloat16; this is ", type);
+        default: CHECK_TYPE(false, "NF4 wants float32, float16 or bfloat16; this is ", type);
     }
 }
 
@@ -100,7 +100,7 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, std::int64_t blo
                     const Maybe& map, const Maybe& offset, Tensor& out) {
     std::int64_t n = out.numel();
     check_packed(packed, absmax, n, block_size, nested, map, offset);
-    TORCH_CHECK_VALUE(out.is_contiguous(), "out must be contiguous; it has strides ", out.strides());
+    CHECK_VALUE(out.is_contiguous(), "out must be contiguous; it has strides ", out.strides());
     decode(packed, scales_of(absmax, nested, map, offset), block_size, out, 0, n,
            n * static_cast<std::int64_t>(out.element_size()) > CACHES);
 }

@@ -19,14 +19,14 @@ namespace nf4 {
 namespace {
 
 using at::Tensor;
-constexpr int64_t FEW = 64;     // rows up to which the product is made from the codes
+constexpr int64_t FEW = 4;      // rows up to which the product is made from the codes: measured on an H100, tests/bench_gpu.py
 
 template <class Do> void with_type(at::ScalarType type, const Do& run) {
     switch (type) {
         case at::kFloat: return run(float());
         case at::kHalf: return run(__half());
         case at::kBFloat16: return run(__nv_bfloat16());
-        default: TORCH_CHECK_TYPE(false, "NF4 wants float32, float16 or bfloat16; this is ", type);
+        default: CHECK_TYPE(false, "NF4 wants float32, float16 or bfloat16; this is ", type);
     }
 }
 
@@ -36,7 +36,7 @@ Pointers pointers(const Tensor& absmax, const Maybe& nested, const Maybe& map, c
     return {nested->const_data_ptr<float>(), absmax.const_data_ptr<uint8_t>(), map->const_data_ptr<float>(), offset->const_data_ptr<float>()};
 }
 void check_device(const Tensor& a, const Tensor& b) {
-    TORCH_CHECK_VALUE(a.device() == b.device(), "all tensors must be on one device; here are ", a.device(), " and ", b.device());
+    CHECK_VALUE(a.device() == b.device(), "all tensors must be on one device; here are ", a.device(), " and ", b.device());
 }
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& t, int64_t block_size) {
@@ -58,7 +58,7 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, int64_t block_si
     check_packed(packed, absmax, out.numel(), block_size, nested, map, offset);
     check_device(packed, absmax);
     check_device(packed, out);
-    TORCH_CHECK_VALUE(out.is_contiguous(), "out must be contiguous; it has strides ", out.strides());
+    CHECK_VALUE(out.is_contiguous(), "out must be contiguous; it has strides ", out.strides());
     c10::cuda::CUDAGuard here(packed.device());
     Pointers s = pointers(absmax, nested, map, offset);
     with_type(out.scalar_type(), [&](auto type) {

@@ -26,5 +26,12 @@ __device__ inline float scale_of(int64_t b, const float* absmax, const uint8_t* 
     return codes ? map[codes[b]] * absmax[b >> 8] + *offset : absmax[b];
 }
 
+// For a power of two: b >> log2_of(n) is b / n without the division, which for 64 bits takes dozens of instructions.
+__device__ inline int log2_of(int n) {
+    int bits = 0;
+    while (n >> bits > 1) ++bits;
+    return bits;
+}
+
 // 16 bytes of any type, read or written in one instruction.
 template <class T> struct alignas(16) Sixteen { T v[16 / sizeof(T)]; };

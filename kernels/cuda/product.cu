@@ -4,6 +4,8 @@
 //   2  a warp a result: neighbours read neighbouring bytes, and shuffles add the 32 sums up
 //   3  16 bytes of codes a lane, the codebook in shared memory, and four rows of x for each decoded value: W is
 //      read and decoded once for four rows instead of once for each
+//   4  four outputs a warp, so that x too is read once for four; and four bytes of codes a lane, eight columns, so
+//      that the lanes' pieces of x lie side by side (in version 3 one read of x is scattered over 2 KB)
 //
 // Sums are float32 whatever the type. Many rows are another matter: cuda_operators.cpp dequantises and calls cuBLAS.
 #include "nf4.cuh"
@@ -85,11 +87,74 @@ __global__ void __launch_bounds__(256) product_3(const T* x, const uint8_t* pack
     }
 }
 
+// blockIdx.y counts fours of rows. Wants columns to be a multiple of 8, block_size a power of two from 8, x at a
+// multiple of 16 bytes and packed at one of 4.
+template <class T>
+__global__ void __launch_bounds__(256) product_4(const T* x, const uint8_t* packed, SCALES, T* y, int rows, int64_t outputs, int64_t columns, int block_size) {
+    __shared__ float level[16];
+    if (threadIdx.x < 16) level[threadIdx.x] = LEVEL[threadIdx.x];
+    __syncthreads();
+    int64_t o0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32 * 4;
+    int lane = threadIdx.x % 32, r0 = 4 * blockIdx.y, bits = log2_of(block_size);
+    if (o0 >= outputs) return;                                  // the whole warp leaves
+    constexpr int MANY = 16 / sizeof(T);
+    float sum[4][4] = {};                                       // of output and row
+#pragma unroll 2
+    for (int64_t k = 8 * lane; k < columns; k += 256) {
+        unsigned word[4];
+        float scale[4], u[4][8];
+#pragma unroll
+        for (int o = 0; o < 4; ++o) {
+            int64_t w = min(o0 + o, outputs - 1) * columns + k; // behind the last output: that one again, and not written
+            word[o] = *reinterpret_cast<const unsigned*>(packed + w / 2);
+            scale[o] = scale_of(w >> bits, THE_SCALES);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            if (r0 + r >= rows) break;
+#pragma unroll
+            for (int s = 0; s < 8 / MANY; ++s) {
+                Sixteen<T> part = reinterpret_cast<const Sixteen<T>*>(x + (r0 + r) * columns + k)[s];
+#pragma unroll
+                for (int j = 0; j < MANY; ++j) u[r][s * MANY + j] = to_float(part.v[j]);
+            }
+        }
+#pragma unroll
+        for (int o = 0; o < 4; ++o) {
+            float part[4] = {};
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                float v = level[word[o] >> 4 * (j ^ 1) & 15];   // the earlier of two is in the high half of its byte
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    if (r0 + r >= rows) break;
+                    part[r] = fmaf(u[r][j], v, part[r]);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 4; ++r) sum[o][r] += part[r] * scale[o];
+        }
+    }
+#pragma unroll
+    for (int o = 0; o < 4; ++o) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            for (int to = 16; to; to /= 2) sum[o][r] += __shfl_xor_sync(0xffffffffu, sum[o][r], to);
+            if (lane == 0 && r0 + r < rows && o0 + o < outputs) put(y[(r0 + r) * outputs + o0 + o], sum[o][r]);
+        }
+    }
+}
+
 #ifdef __CUDACC__
 template <class T>
 void product_launch(const T* x, const uint8_t* packed, SCALES, T* y, int rows, int64_t outputs, int64_t columns, int block_size, cudaStream_t stream) {
-    bool wide = columns % 32 == 0 && block_size % 32 == 0 && reinterpret_cast<uintptr_t>(packed) % 16 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    if (wide) product_3<T><<<dim3(unsigned((outputs + 7) / 8), (rows + 3) / 4), 256, 0, stream>>>(x, packed, THE_SCALES, y, rows, outputs, columns, block_size);
+    auto at = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+    bool power = block_size >= 8 && (block_size & (block_size - 1)) == 0;
+    // Up to two rows version 3 was the faster on an H100 (tests/bench_gpu.py): it has four times the warps.
+    if (rows <= 2 && columns % 32 == 0 && block_size % 32 == 0 && at(packed) % 16 == 0 && at(x) % 16 == 0)
+        product_3<T><<<dim3(unsigned((outputs + 7) / 8), (rows + 3) / 4), 256, 0, stream>>>(x, packed, THE_SCALES, y, rows, outputs, columns, block_size);
+    else if (columns % 8 == 0 && power && at(packed) % 4 == 0 && at(x) % 16 == 0)
+        product_4<T><<<dim3(unsigned((outputs + 31) / 32), (rows + 3) / 4), 256, 0, stream>>>(x, packed, THE_SCALES, y, rows, outputs, columns, block_size);
     else product_2<T><<<unsigned((rows * outputs + 7) / 8), 256, 0, stream>>>(x, packed, THE_SCALES, y, rows, outputs, columns, block_size);
 }
 #define KEEP(T) template void product_launch(const T*, const uint8_t*, SCALES, T*, int, int64_t, int64_t, int, cudaStream_t); \

@@ -7,14 +7,19 @@
 //      threads dropping out at each of the barriers
 //   3  a warp a block: the maximum goes from register to register by shuffles, without a barrier
 //   4  for full blocks of 64: eight lanes a block, eight elements a lane, read 16 bytes at a time and written four
+//   5  the thresholds in shared memory: in constant memory, which serves one address at a time, 32 lanes whose
+//      searches go different ways wait for one another
 #include "nf4.cuh"
 
 __device__ inline float threshold(int i) { return (LEVEL[i] + LEVEL[i + 1]) / 2; }
-__device__ inline int encode(float v) {
-    int code = v > threshold(7) ? 8 : 0;
+struct Constant { __device__ float operator()(int i) const { return threshold(i); } };
+struct Shared { const float* kept; __device__ float operator()(int i) const { return kept[i]; } };
+// The number of thresholds below v, by halving.
+template <class Thresholds> __device__ inline int encode(float v, Thresholds at) {
+    int code = v > at(7) ? 8 : 0;
 #pragma unroll
     for (int step = 4; step; step /= 2)
-        if (v > threshold(code + step - 1)) code += step;
+        if (v > at(code + step - 1)) code += step;
     return code;
 }
 // The larger one; a NaN counts as the largest and stays, so that the caller sees it in the scale.
@@ -24,7 +29,9 @@ struct Divide {
     float divisor, reciprocal;
     bool full;
     __device__ Divide(float largest, bool full) : divisor(largest < 1e-38f ? 1e-38f : largest), reciprocal(1.0f / divisor), full(full) {}
-    __device__ int code(float v) const { return encode(full ? v * reciprocal : v / divisor); }
+    template <class Thresholds = Constant> __device__ int code(float v, Thresholds at = {}) const {
+        return encode(full ? v * reciprocal : v / divisor, at);
+    }
 };
 
 template <class T>
@@ -75,9 +82,8 @@ __global__ void quantize_3(const T* x, uint8_t* packed, float* absmax, int64_t n
         packed[i / 2] = by.code(to_float(x[i])) << 4 | (i + 1 < end ? by.code(to_float(x[i + 1])) : 7);
 }
 
-// Full blocks of 64 only. Wants x at a multiple of 16 bytes and packed at one of 4.
-template <class T>
-__global__ void quantize_4(const T* x, uint8_t* packed, float* absmax, int64_t blocks) {
+template <class T, class Thresholds>
+__device__ inline void full_blocks(const T* x, uint8_t* packed, float* absmax, int64_t blocks, Thresholds at) {
     int64_t lane = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, b = lane / 8;
     bool here = b < blocks;                                     // lanes behind the end take part in the shuffles
     constexpr int MANY = 16 / sizeof(T);
@@ -99,8 +105,22 @@ __global__ void quantize_4(const T* x, uint8_t* packed, float* absmax, int64_t b
     if (lane % 8 == 0) absmax[b] = largest;
     unsigned word = 0;
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) word |= unsigned(by.code(v[j]) << 4 | by.code(v[j + 1])) << 4 * j;
+    for (int j = 0; j < 8; j += 2) word |= unsigned(by.code(v[j], at) << 4 | by.code(v[j + 1], at)) << 4 * j;
     *reinterpret_cast<unsigned*>(packed + 4 * lane) = word;
+}
+
+// Full blocks of 64 only. Wants x at a multiple of 16 bytes and packed at one of 4.
+template <class T>
+__global__ void quantize_4(const T* x, uint8_t* packed, float* absmax, int64_t blocks) {
+    full_blocks(x, packed, absmax, blocks, Constant{});
+}
+
+template <class T>
+__global__ void quantize_5(const T* x, uint8_t* packed, float* absmax, int64_t blocks) {
+    __shared__ float kept[16];
+    if (threadIdx.x < 15) kept[threadIdx.x] = threshold(threadIdx.x);
+    __syncthreads();
+    full_blocks(x, packed, absmax, blocks, Shared{kept});
 }
 
 #ifdef __CUDACC__
@@ -108,13 +128,14 @@ template <class T>
 void quantize_launch(const T* x, uint8_t* packed, float* absmax, int64_t n, int block_size, cudaStream_t stream) {
     bool wide = block_size == 64 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
     int64_t blocks = (n + block_size - 1) / block_size, whole = wide ? n / 64 : 0;
-    if (whole) quantize_4<T><<<unsigned((whole + 31) / 32), 256, 0, stream>>>(x, packed, absmax, whole);
+    if (whole) quantize_5<T><<<unsigned((whole + 31) / 32), 256, 0, stream>>>(x, packed, absmax, whole);
     if (blocks > whole) quantize_3<T><<<unsigned((blocks - whole + 7) / 8), 256, 0, stream>>>(x, packed, absmax, n, block_size, whole);
 }
 template void quantize_launch(const float*, uint8_t*, float*, int64_t, int, cudaStream_t);
 template void quantize_launch(const __half*, uint8_t*, float*, int64_t, int, cudaStream_t);
 template void quantize_launch(const __nv_bfloat16*, uint8_t*, float*, int64_t, int, cudaStream_t);
 #define KEEP(T) template __global__ void quantize_1(const T*, uint8_t*, float*, int64_t, int); \
-                template __global__ void quantize_2(const T*, uint8_t*, float*, int64_t, int);
+                template __global__ void quantize_2(const T*, uint8_t*, float*, int64_t, int); \
+                template __global__ void quantize_4(const T*, uint8_t*, float*, int64_t);
 KEEP(float) KEEP(__half) KEEP(__nv_bfloat16)
 #endif

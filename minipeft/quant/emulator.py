@@ -208,7 +208,8 @@ def _readable(stderr: str, name: str) -> str:
 
 
 def _variables(library: Path) -> list[_Variable]:
-    """The variables of the library. Those of a function are its __shared__ ones."""
+    """The variables of the library. Those of a function are its __shared__ ones. Where the compiler puts the C++
+    library into what it makes, that has some, too."""
     answer = subprocess.run(["nm", "-C", "-S", "--defined-only", str(library)], text=True, capture_output=True).stdout
-    found = re.findall(r"^([0-9a-f]+) ([0-9a-f]+) [bBdDuVv] (.*)$", answer, re.MULTILINE)
+    found = re.findall(r"^([0-9a-f]+) ([0-9a-f]+) [bBdDuVv] (?!std::|__gnu_cxx::|__cxxabiv1::)(.*)$", answer, re.MULTILINE)
     return [_Variable(int(at, 16), int(size, 16), name.rpartition("::")[2].encode(), ")::" in name) for at, size, name in found]

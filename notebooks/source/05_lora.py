@@ -496,7 +496,7 @@ lab.table([{"question": e["prompt"].strip(), "right": e["completion"], "answer":
 few = names[:: len(names) // mp.pick(smoke=2, cpu=16, gpu=48)]
 small = {split: [e for e in mp.load_data("drug_cards", split) if e["card"] in few and e["direction"] == "forward"]
          for split in ("train", "validation")}
-small_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=20, gpu=60), batch_size=mp.pick(smoke=1, cpu=4, gpu=8), progress=False)
+small_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=20, gpu=30), batch_size=mp.pick(smoke=1, cpu=4, gpu=8), progress=False)
 
 def trial(method, lr: float, seed: int = 0) -> dict:
     """Train `method` (None: all of the model) from its start; the loss on the held-out wording."""
