@@ -497,7 +497,7 @@ def rows_of(what: str, results: dict[str, list[dict]]) -> list[dict]:
     name = "DoRA" if what == "dora" else f"{what} tuning"
     limits = {"peft": 1.0, "lora": 1.25}
     return [row(f"{name}: {figure}", key, limits[beside], unit, beside) for beside in SIDES[what][1:]
-            for figure, key, unit in (("a training step", "seconds", "s"),
+            for figure, key, unit in (("a training step", "seconds", "s"), ("peak memory of the process", "peak", "GiB"),
                                       ("peak memory above the loaded model", "above_loaded", "GiB"))]
 
 

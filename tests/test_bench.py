@@ -7,14 +7,14 @@ from . import bench
 
 
 def turns(**sides):
-    return {side: [{"seconds": s, "above_loaded": 2**30 * s} for s in seconds] for side, seconds in sides.items()}
+    return {side: [{"seconds": s, "peak": 2**30 * s, "above_loaded": 2**30 * s} for s in seconds] for side, seconds in sides.items()}
 
 
 def test_dora_is_held_against_peft_and_against_our_lora():
     rows = bench.rows_of("dora", turns(ours=[1.2, 9.0, 1.0], peft=[1.1, 1.1, 1.1], lora=[1.0, 1.0, 0.1]))
     assert [(r["beside"], r["unit"], r["asked"]) for r in rows] == [
-        ("peft", "s", 1.0), ("peft", "GiB", 1.0), ("our LoRA", "s", 1.25), ("our LoRA", "GiB", 1.25)]
-    assert [r["reached"] for r in rows] == [False, False, True, True]  # medians: 1.2, 1.1 and 1.0
+        *[("peft", unit, 1.0) for unit in ("s", "GiB", "GiB")], *[("our LoRA", unit, 1.25) for unit in ("s", "GiB", "GiB")]]
+    assert [r["reached"] for r in rows] == [False, False, False, True, True, True]  # medians: 1.2, 1.1 and 1.0
     assert {round(r["ratio"], 3) for r in rows} == {round(1.2 / 1.1, 3), 1.2}
 
 
@@ -27,14 +27,12 @@ def test_measuring_again_replaces_the_rows_of_that_and_keeps_the_others(tmp_path
         bench.write(what, bench.rows_of(what, results), results, chosen)
     kept = json.loads((tmp_path / "data" / "results" / "bench.json").read_text())
     assert [(r["of"], r["date"], r["ours"]) for r in kept["rows"]] == [
-        ("attach", "day 1", 0.05), ("prompt", "day 2", 2.0), ("prompt", "day 2", 2.0)]
+        ("attach", "day 1", 0.05), *[("prompt", "day 2", 2.0)] * 3]
     assert {what: found["date"] for what, found in kept["details"].items()} == {"prompt": "day 2", "attach": "day 1"}
 
 
 def test_four_bits_are_held_against_the_faster_compute_type_and_what_is_not_measured_has_no_row():
     sides = turns(ours=[0.6], peft=[1.0], peft_bf16=[3.0])
-    for side in sides.values():
-        side[0]["peak"] = side[0]["above_loaded"]
     assert [(r["beside"], r["ratio"], r["reached"]) for r in bench.rows_of("qlora", sides)] == [("peft", 0.6, True)] * 2
     measured = {f"rows {n}": 0.4 for n in (1, 8, 32, 512)}
     rows = bench.rows_of("product", {"ours": [measured], "bnb": [dict.fromkeys(measured, 1.0)], "float32": [measured]})

@@ -130,6 +130,7 @@ SHAPES = [(1, 5, 77, 64), (2, 3, 1, 64), (4, 7, 130, 64), (9, 2, 33, 32), *((row
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_products_have_the_accuracy_of_their_type(programs, version, dtype, double):
+    torch.manual_seed(0)
     for rows, outputs, columns, block_size in SHAPES:
         if columns % {3: 32, 4: 8}.get(version, 1):
             continue

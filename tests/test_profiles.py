@@ -154,8 +154,8 @@ def test_the_cpu_peak_starts_again_when_told_to():
     assert profiles.reset_peak_memory("cpu")
     low = profiles.peak_memory("cpu")
     assert high - low > 240 * MEGABYTE
-    torch.ones(32 * MEGABYTE // 4)
-    assert abs(profiles.peak_memory("cpu") - low - 32 * MEGABYTE) < 8 * MEGABYTE
+    torch.ones(256 * MEGABYTE // 4)          # large: a system short of memory may take some of ours meanwhile
+    assert 192 * MEGABYTE < profiles.peak_memory("cpu") - low < 264 * MEGABYTE
 
 
 def test_the_peak_is_read_where_there_is_no_proc(monkeypatch):
