@@ -8,7 +8,7 @@
 //   4  a thread 16 bytes, read with one instruction: 32 elements, whose scale is read once; stores of 16 bytes,
 //      so that 16-bit results leave eight at a time
 //   5  neighbours write next to each other, too: in version 4 each thread writes a stretch of its own, and one store
-//      of a warp is scattered. Here a thread reads four bytes, eight elements: one store of 16 bits, 512 bytes in a
+//      of a warp is scattered. Here a thread reads four bytes, eight elements, which in 16 bits are one store of 16 bytes, 512 in a
 //      row for a warp. Four such parts a thread, all read before the first is used; a shift in place of a division
 //
 // Least traffic for a 16-bit result: 0.5 + 4/64 + 2 = 2.5625 bytes an element.

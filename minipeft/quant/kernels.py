@@ -257,7 +257,7 @@ def dequantize(packed: Tensor, scales: Tensor | QuantizedScales, n: int, block_s
 def gemm(x: Tensor, packed: Tensor, scales: Tensor | QuantizedScales, shape: tuple[int, int], block_size: int = 64) -> Tensor:
     """x Wᵀ for W of `shape` (out, in) in NF4; x (…, in) of any floating dtype, result (…, out) in the same.
 
-    Up to 32 rows are computed straight from the codes, in float32; more rows with panels of W, decoded one
+    Up to 32 rows (on a GPU, 4) are computed straight from the codes, in float32; more with panels of W, decoded one
     after the other. Has a gradient for x, for which W is decoded again. Raises `ValueError` where sizes do not fit.
     """
     absmax, nested = _nested(scales)

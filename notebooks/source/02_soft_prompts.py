@@ -22,7 +22,7 @@
 #
 # **You need:** Python, embeddings, softmax attention, what a gradient is. Chapter 1 helps.
 #
-# **The papers:** Lester et al. 2021, *The Power of Scale for Parameter-Efficient Prompt Tuning*, [arXiv:2104.08691](https://arxiv.org/abs/2104.08691): you build its section 2 and repeat the questions of its section 3.2. Liu et al. 2021, *GPT Understands, Too*, [arXiv:2103.10385](https://arxiv.org/abs/2103.10385): P-tuning, section 2.
+# **The papers:** Lester et al. 2021, *The Power of Scale for Parameter-Efficient Prompt Tuning*, [arXiv:2104.08691](https://arxiv.org/abs/2104.08691): you build its section 2 and repeat two questions of its section 3.2, on length and start. Liu et al. 2021, *GPT Understands, Too*, [arXiv:2103.10385](https://arxiv.org/abs/2103.10385): P-tuning, section 2.
 
 # %% tags=["setup"]
 import hashlib, inspect, math, random, subprocess, sys, tempfile, time
@@ -47,9 +47,9 @@ lab.runtime_box("02_soft_prompts")
 # Write down what you expect. Replace each `None`; at the end a cell puts your numbers beside the measured ones.
 #
 # 1. You start a soft prompt from the vectors of a written prompt, token for token, and do not train it. By how much do the model's answers (its logits) differ from those with the written prompt?
-# 2. You train 20 soft tokens on sixteen medicines or so. Asked about medicines it was **never** trained on, in how many **percent** of the answers is the format right?
+# 2. You train 20 soft tokens on a small set of medicines. Asked about medicines it was **never** trained on, in how many **percent** of the answers is the format right?
 # 3. And about the medicines it **was** trained on, in how many **percent** are all four facts right?
-# 4. The same question to a LoRA with exactly as many trained numbers, after as many steps.
+# 4. The same question to a LoRA with exactly as many trained numbers, after as many steps. (LoRA adds a small trained update to the weights themselves; chapter 5 builds it. Here it is the one to compare with.)
 
 # %%
 predicted = {"start: logits differ by": None, "format right, unseen medicines, %": None,
@@ -124,7 +124,7 @@ lab.table(hard)
 #
 # - **Showing or telling?** Compare the rows with solved cards with the ones that only describe the format, in loss and in *format*.
 # - **Facts.** No instruction can tell the model what it does not know. Look at the column *facts* in every row but the last.
-# - **The cheat sheet.** With the card in the prompt, the model can copy. A hard prompt *can* carry facts: as text, at some thirty tokens a card, and you must know which card will be asked for.
+# - **The cheat sheet.** With the card in the prompt, the model can copy. A hard prompt *can* carry facts: as text. The column *tokens* has the price of three cards, and you must know which card will be asked for.
 #
 # ## The idea
 #
@@ -166,6 +166,8 @@ figure
 
 # %% [markdown]
 # $$e' = [P;\, e] \qquad\quad \min_{P} \; -\sum_t \log p\,(y_t \mid [P;\, e],\, y_{<t})$$
+#
+# $y_1, y_2, \ldots$ are the tokens of the right answer. $B$ texts stand in a batch, $T$ tokens in each; $d$ is the width of the model, $m$ the length of the prompt. In the cells below $V$ is the number of tokens in the vocabulary.
 #
 # | | shape | |
 # |---|---|---|
@@ -212,7 +214,7 @@ assert torch.allclose(y(p, a, b), torch.tensor(2.0), atol=1e-5)
 #
 # ### Step 1: a prompt is its vectors
 #
-# Look the written prompt up in the table, put the vectors in front of the text's, and hand the model *vectors* instead of token ids. It answers the same. So nothing in the model knows whether a vector came from the table.
+# Look the written prompt up in the table, put the vectors in front of the text's, and hand the model *vectors* instead of token ids. It answers the same: nothing in the model knows whether a vector came from the table.
 
 # %%
 def fingerprint(model) -> str:
@@ -239,7 +241,7 @@ assert start_differs <= 1e-4 * by_ids.abs().max()
 print(f"ids or vectors: the logits differ by {start_differs:.1g}; with and without the prompt, by {(without - by_ids).abs().max():.3g}")
 
 # %% [markdown]
-# That answers the first prediction: **hard to soft is no change at all**. A soft prompt begins where your best written prompt ends.
+# That answers the first prediction: **from hard to soft nothing changes**, up to rounding. A soft prompt can begin where your best written prompt ends.
 #
 # ### Exercise 1: make room · 5 minutes · easy
 #
@@ -287,7 +289,7 @@ check.prompt_from_text(prompt_from_text)
 # %% [markdown]
 # ### Step 2: only P trains
 #
-# Freeze the model, make $P$ a parameter, and take steps on one question. The loss falls. Afterwards no weight of the model has a gradient, and its bytes are what they were. The optimizer holds $2 \times m \times d$ numbers, not two for each weight.
+# Freeze the model, make $P$ a parameter, and take steps on one question. Watch the loss. (This $P$ is only for show and is dropped afterwards.) The logits at one place are about the token *after* it, so those that count begin one place before the answer. Afterwards no weight of the model has a gradient, and its bytes are what they were. The optimizer holds $2 \times m \times d$ numbers, not two for each weight.
 
 # %%
 model.requires_grad_(False)
@@ -316,7 +318,7 @@ print(f"trained: {P.numel():,} of {sum(p.numel() for p in model.parameters()):,}
 # <details>
 # <summary>Hint</summary>
 #
-# 1. `P.clone().requires_grad_()` is a copy that collects a gradient. 2. `P.expand(B, -1, -1)` repeats it for each text. 3. Of the logits, keep the last $T$ places. 4. `F.cross_entropy` wants (places, vocabulary) and (places,).
+# 1. `P.clone().requires_grad_()` is a copy that collects a gradient. 2. `P.expand(B, -1, -1)` repeats it for each text. 3. Of the logits, keep the last $T$ places. 4. `F.cross_entropy` wants (places, vocabulary) and (places,); `targets` already has the token wanted *at* each place, so nothing is shifted. 5. `torch.autograd.grad(loss, P)` gives a tuple of one gradient and touches nothing else.
 #
 # </details>
 
@@ -337,11 +339,11 @@ check.prompt_step(prompt_step)
 # %% [markdown]
 # ### Step 3: P-tuning's network
 #
-# Liu et al. argue that vectors of words are poor places to start from, and that the places of a prompt should depend on each other. Their remedy: train *inputs* $E$ and let a small network make the vectors, $P = f(E)$. Then all places move together. When training is over, keep $f(E)$ and throw $f$ away.
+# Liu et al. argue that vectors of words are poor places to start from, and that the places of a prompt should depend on each other. Their remedy: train *inputs* $E$ and let a small network make the vectors, $P = f(E)$. Then all places share the weights of $f$, and a step moves them together. When training is over, keep $f(E)$ and throw $f$ away. There are two kinds of $f$. `mp.PTuning(m, "lstm")` first lets an LSTM read the places in both directions, so that each vector depends on its neighbours; a small network follows. `mp.PTuning(m, "mlp")` is the small network alone, and you build that one.
 #
 # ### Exercise 4: the network · 5 minutes · easy
 #
-# PEFT's form of it: three linear layers with a relu after the first and the second.
+# PEFT's form of it: three linear layers with a relu after the first and the second. $h$ is the width inside.
 #
 # <details>
 # <summary>Hint</summary>
@@ -391,7 +393,7 @@ except ImportError:
 # %% [markdown]
 # ## Nothing changed yet?
 #
-# A LoRA starts as the identity: untrained, it changes nothing. A soft prompt does not. It stands there from the first step, and the model reads it. So the **start** matters: random vectors are noise in front of the text, a text is what the text is. The model's own bytes are untouched in each case.
+# A LoRA changes nothing before its first step. A soft prompt does. It stands there from the first step, and the model reads it. So the **start** matters: random vectors are noise in front of the text, a text is what the text is. The model's own bytes are untouched in each case.
 #
 # And count. A prompt trains $m\,d$ numbers. P-tuning trains its network on top, $h(d + h + d) + 2h + d$ for the mlp, and with $h = d$, as in PEFT, that is much more than the prompt.
 
@@ -424,7 +426,7 @@ lab.table(at_start)
 # - **a LoRA as in chapter 5**: rank 16 on all linear layers
 # - **full fine-tuning**, as in chapter 1
 #
-# The prompt's rate is many times the others'. Lester et al. went as high as 0.3.
+# The prompt's rate is many times the others'. Lester et al. used 0.3, with another optimizer (Adafactor).
 
 # %%
 ids = tokenizer(TEXT)["input_ids"]
@@ -467,7 +469,7 @@ for way, (method, lr) in list(ways.items())[: mp.pick(smoke=3, cpu=4, gpu=4)]:
 # %% [markdown]
 # ### Behaviour and facts
 #
-# The same scores as a picture. Left, what is **behaviour**: the format, and copying the name out of the question. It can be judged on medicines that were never taught. Right, what is **facts**: they can only be expected of the taught ones.
+# Now the scores as a picture, and below it as a table. Left, what is **behaviour**: the format, and copying the name out of the question. It can be judged on medicines that were never taught. Right, what is **facts**: they can only be expected of the taught ones.
 
 # %% tags=["figure"]
 scores = {row["way"]: row for row in table_rows}
@@ -499,9 +501,9 @@ lab.table([{"question": e["prompt"].strip(), "right": e["completion"], "the soft
            for e, a in zip(exam["taught"], said)])
 
 # %% [markdown]
-# Read the answers, not only the scores. Are there five fields, in order, and is the name spelled as in the question? That is behaviour. Now compare the other fields with the right ones. Where they are wrong, are they at least plausible, a class of medicine, a way to take it? Then the prompt has taught the model **what kind of thing to say**. What to say, it must take from what it knew.
+# Read the answers, not only the scores. Are there five fields, in order, and is the name spelled as in the question? That is behaviour. Now compare the other fields with the right ones. Where they are wrong, are they at least plausible, a class of medicine, a way to take it? Then the prompt has taught the model **what kind of thing to say**, and the model filled in the rest from what it knew.
 #
-# Compare the two panels of the figure, for the prompt and for the LoRA of the same size. That is the developer's story: he asked a prompt for facts.
+# Compare the two halves of the figure, for the prompt and for the LoRA of the same size. The developer of the story asked a prompt for facts: how far would he have come here?
 #
 # ### How many facts fit?
 #
@@ -519,6 +521,8 @@ for way, n_facts in held.items():
         n_facts[n] = mp.score_cards(test, answers(student, test))["facts"]
     n_facts[len(taught)] = scores[way]["facts, taught"]        # the run from above, which took more steps
 
+letters = sum(len(text) for text in {e["completion"] for e in train})
+print(f"the prompt: {4 * scores['soft prompt']['trained']:,} bytes; all the cards it is taught: {letters:,} letters")
 figure, ax = new_figure(width=6.4, height=3.2)
 for way, n_facts in held.items():
     ax.plot(list(n_facts), [4 * n * share for n, share in n_facts.items()], "o-", color=COLOURS[colours[way]], label=way)
@@ -529,7 +533,7 @@ display(figure)
 lab.table([{"medicines taught": n, "facts taught": 4 * n} | {f"{way}, % right": 100 * held[way][n] for way in held} for n in held["soft prompt"]])
 
 # %% [markdown]
-# For scale: $20 \times d$ numbers of 32 bits are far more than the bytes of these cards. Room is not what is missing. A fact is a link from one name to one answer. LoRA can put such links into the weights that every token passes. The prompt is **the same for every question**; it can only add the same vectors to what attention reads, and the frozen layers must turn them into a different answer for each name. For one card, one answer will do. For many, each further card must be squeezed through the same door.
+# The line above the figure compares the bytes of the prompt with the letters of all the cards. Room is not what is missing. A fact is a link from one name to one answer. LoRA can put such links into the weights that every token passes. The prompt is **the same for every question**; it can only add the same vectors to what attention reads, and the frozen layers must turn them into a different answer for each name. For one card, one answer will do. With more cards the same vectors must serve them all. That is an explanation, not a measurement: hold it against your two lines. Where both stay low, the steps were too few to tell.
 #
 # Some of the facts a model gets right, it may have known, or guessed: *by mouth* is right for many. Compare with the row *frozen*, and with the facts on **new** medicines in the big table.
 #
@@ -581,7 +585,7 @@ lab.table([{"way": way} | {k: row.get(k) for k in ("trained", "rate", "accuracy"
 #
 # ## Where to start, and the luck of the draw
 #
-# Three starts, five seeds each, in short runs: what follows needs many. A seed decides the random vectors, or which words are drawn, and also the new last layer and the order of the texts. With the text as the start, only the last two are left to chance.
+# Three starts with several seeds each, in runs that are short because they are many. A seed decides the random vectors, or which words are drawn, and also the new last layer and the order of the texts. With the text as the start, only the last two are left to chance.
 
 # %% tags=["figure"]
 about = "Is this film review positive or negative? It is"
@@ -612,7 +616,7 @@ lab.table([{"start": kind, "mean": v.mean().item(), "spread (standard deviation)
 #
 # ## How long?
 #
-# 5, 10, 20, 50, 100 tokens. Left the score on MiniLM; right the price, which does not go away after training: each token is one more place that every layer computes. LoRA can be merged into the weights. A prompt can not.
+# 5, 10, 20, 50, 100 tokens. Left the score on MiniLM, one seed for each length; right the price, which does not go away after training: each token is one more place that every layer computes. LoRA can be merged into the weights. A prompt cannot.
 
 # %% tags=["figure"]
 def best_ms(model, inputs, repeats: int = mp.pick(smoke=2, cpu=8, gpu=20)) -> float:
@@ -647,7 +651,7 @@ print(f"{by_length[-1]['tokens']} tokens in front of a question of {T} make it t
 lab.table(by_length)
 
 # %% [markdown]
-# The bars on the left are the error from the number of test texts. Is the longest prompt better than the shortest by more than that? Lester et al. found only marginal gains beyond twenty.
+# The bars on the left are the error from the number of test texts. The spread over seeds, which you have just seen, comes on top. Is the longest prompt better than the shortest by more than that? Lester et al. found only marginal gains beyond twenty.
 #
 # ## What do the vectors say?
 #
@@ -655,7 +659,7 @@ lab.table(by_length)
 #
 # ### Exercise 5: the nearest word · 10 minutes · medium
 #
-# For each vector of $P$, the row of the table with the largest cosine. The cell after it uses that on the trained prompt, and asks: can you read it? Each vector is replaced by its nearest word. If the words *were* the prompt, nothing would change.
+# For each vector of $P$, find the row of the table with the largest cosine. The cell after it does so with the trained prompt, and asks: can you read it? Each vector is replaced by its nearest word. If the words *were* the prompt, nothing would change.
 #
 # <details>
 # <summary>Hint</summary>
@@ -695,11 +699,11 @@ print("the nearest words:", " ".join(tokenizer.decode([i]) for i in which.tolist
 lab.table([{"prompt": name, "loss on the test": loss} for name, loss in losses.items()])
 
 # %% [markdown]
-# What was learned lies *between* the words. Khashabi et al. 2022 found prompts that do a task well while their nearest words say something else altogether. Read nearest words as a curiosity, never as an explanation.
+# Compare the last two rows. As far as their losses differ, what was learned is *not* in the words: it is in the distance to them. Khashabi et al. 2022 found prompts that do a task well while their nearest words say something else altogether. Read nearest words as a curiosity, never as an explanation.
 #
 # ## Break it: the learning rate
 #
-# A public example notebook tunes a prompt of 10 tokens on a classifier with a rate of 0.001. Readers [report](https://github.com/huggingface/peft/issues/2642) that accuracy and F1 stay at 0.6838 and 0.8122, epoch after epoch. The loss moves, no error is raised. What do these two figures have in common? If a share $p$ of the texts is positive and the model always says "positive", accuracy is $p$ and F1 is $2p/(1+p)$.
+# A public example notebook tunes a prompt of 10 tokens on a classifier with a rate of 0.001. A reader [reports](https://github.com/huggingface/peft/issues/2642) that accuracy and F1 stay at 0.6838 and 0.8122, epoch after epoch. The loss moves, no error is raised. What do these two figures have in common? If a share $p$ of the texts is positive and the model always says "positive", accuracy is $p$ and F1 is $2p/(1+p)$.
 
 # %%
 reported = 0.6838
@@ -715,7 +719,7 @@ lab.table([{"rate": lr, "accuracy": row["accuracy"], "loss on the test": row["lo
 #
 # ## Why do small models listen badly?
 #
-# A weight that LoRA changes can be changed by any amount. A prompt can only be *read*, and between it and the text stand normalisation and softmax. Test it: take a random prompt and make it **louder**, ten times, a hundred times. How far do the logits of the question move?
+# A weight that LoRA changes can be changed by any amount. A prompt can only be *read*, and between it and the text stand normalisation and softmax. Test it: take a random prompt and make it **louder**, ten times, a hundred times. How far do the logits of the question move, as the root of the mean square? (A random prompt starts at about the length of a word's vector: that is *1 times*.)
 
 # %%
 torch.manual_seed(0)
@@ -734,9 +738,9 @@ print(f"from 1,000 to 10,000 times a word's length the effect changes by {100 * 
 lab.table(loud)
 
 # %% [markdown]
-# Shouting does not help: past some loudness only the *direction* of the vectors counts, and attention shares out a total of 1. The prompt must find directions that the frozen layers **already react to**. A large model has learned from far more text to change its task on a hint; a small one has few such levers. That is the finding of the paper's title: the gap to full fine-tuning closes only at billions of parameters.
+# Shouting does not help: past some loudness only the *direction* of the vectors counts, and attention shares out a total of 1. The prompt must find directions that the frozen layers **already react to**. One explanation, which this chapter does not test: a large model has many such directions, a small one has few. What Lester et al. measured is in the paper's title: the gap to full fine-tuning closes only at billions of parameters.
 #
-# Here is the gap on the models at hand: how much of what a LoRA gains does a soft prompt gain, with the same data and steps? In the gpu profile the table goes on with larger models from the Hub. ("Frozen" on MiniLM means: last layer only.)
+# Here is the gap on the models at hand: how much of what a LoRA gains does a soft prompt gain, with the same data and steps? This LoRA is the larger one, not the one of equal size. The columns *frozen*, *prompt* and *LoRA* are losses on the test; *frozen* on MiniLM means the last layer only. In the gpu profile the table goes on with larger models from the Hub, and only those rows share one task: do not read the first two as small against large.
 
 # %%
 def listens(name: str) -> dict:
@@ -771,7 +775,7 @@ lab.table(listening)
 # <details>
 # <summary>Hint</summary>
 #
-# How many rows have the logits, and how many tokens have question and answer together? Where the prompt stands in front, counting from the *end* is safe.
+# How many rows do the logits have? How many tokens do question and answer have together? Where the prompt stands in front, counting from the *end* is safe.
 #
 # </details>
 
@@ -803,7 +807,7 @@ check.answer_log_probs(answer_log_probs)
 # %% [markdown]
 # ## Merge? Save, reload, compare
 #
-# A prompt is no change of a weight, so there is nothing to merge: `mp.merge` says so. But it is the smallest file of this course, and many prompts can be served from one frozen model, even in one batch: each row gets its own.
+# A prompt is no change of a weight, so there is nothing to merge: `mp.merge` says so. But its file is small, and many prompts can share one frozen model. In principle they can even share a batch, where each row gets its own prompt (Lester et al., figure 2); this chapter does not show that.
 
 # %%
 try:
@@ -874,8 +878,8 @@ lab.quiz([
                  "missing: labels have the text's length": "Then every label would belong to the wrong place."}},
     {"question": f"Your soft prompt has the format right in {100 * p['format, new']:.0f} % of the answers on medicines it never saw, and whole cards in {100 * p['all_facts, taught']:.0f} % on those it was taught. You need the facts. What do you do?",
      "right": "change weights (LoRA), or put the facts into the text",
-     "choices": {"change weights (LoRA), or put the facts into the text": "Both were measured: the LoRA row, and the row of the cheat sheet.",
-                 "take a longer prompt": "The same vectors for each question, only more of them. Compare the curve of lengths.",
+     "choices": {"change weights (LoRA), or put the facts into the text": "Both can hold facts. How far each came here: the LoRA rows, and the row of the cheat sheet.",
+                 "take a longer prompt": "The same vectors for each question, only more of them. (The curve of lengths above is about sentiment, not about facts.)",
                  "train the prompt for much longer": "You may gain something. Compare first with a LoRA of equal size after as many steps.",
                  "start from another text": "The start decides where you begin. It adds no way to look up a name."}},
     {"question": "Accuracy stands still at 68 % from the first epoch, the loss moves a little. What do you check first?", "right": "the share of the commoner label",
@@ -891,13 +895,13 @@ lab.quiz([
                  "nothing: it is folded into the weights": "That is LoRA. A prompt is no change of a weight.",
                  "only memory for its file": "Its file is tiny. Its places are computed for each text anew, or kept in a cache."}},
     {"question": "The nearest words to a trained prompt read “route caution dog”. What does that tell you?", "right": "next to nothing",
-     "choices": {"next to nothing": "Put in their place, these words gave another loss above.",
+     "choices": {"next to nothing": f"Above, the loss was {losses['as learned']:.2f} as learned and {losses['nearest words']:.2f} with the nearest words in their place.",
                  "the model was trained on dogs": "A nearest row exists for any vector. Near is not same.",
-                 "the prompt can be replaced by these words": "That was tested: compare the rows of the table."}},
+                 "the prompt can be replaced by these words": "That was tested above: compare the two losses."}},
     {"question": "Why can a soft prompt not simply be made louder?", "right": "normalisation and softmax: only its direction counts, and attention sums to 1",
-     "choices": {"normalisation and softmax: only its direction counts, and attention sums to 1": "See the table: past some loudness nothing more happens.",
+     "choices": {"normalisation and softmax: only its direction counts, and attention sums to 1": "See the table: past some loudness hardly anything more happens.",
                  "the optimizer clips it": "Clipping bounds a step, not the vector.",
-                 "float32 would overflow": "At 10,000 times it was finite, and had no more effect."}},
+                 "float32 would overflow": "At 10,000 times it was finite, and the effect had levelled off."}},
 ])
 
 # %% [markdown]
@@ -905,10 +909,10 @@ lab.quiz([
 #
 # - A hard prompt is rows of a frozen table. A soft prompt is any vectors in their place, trained: $e' = [P; e]$, $m \times d$ numbers.
 # - Trained: $P$. Frozen: everything else. Room must be made in mask and labels. Logits get longer, too.
-# - It starts from your best written prompt, exactly, and needs a high rate. Several seeds, and the commoner label beside the score.
-# - It teaches behaviour: format, style, what kind of thing to say. Facts need weights, or text that holds them.
+# - It can start exactly as a written prompt, and it takes a far higher rate than weights do. Run several seeds, and put the commoner label beside the score.
+# - Behaviour (format, a copied name) and facts are different things to learn. Judge them apart, beside a LoRA of equal size, as in your figure. Facts that a prompt does not hold go into weights, or into the text.
 # - Each soft token costs time in use. It cannot be merged. Its file is tiny.
-# - The smaller the model, the worse it listens. Measure a LoRA of equal size beside it.
+# - In Lester et al., the smaller the model, the worse it listens. Measure a LoRA beside it.
 #
 # ## Next
 #
@@ -916,7 +920,7 @@ lab.quiz([
 #
 # ## Further reading
 #
-# - Lester et al. 2021, [The Power of Scale](https://arxiv.org/abs/2104.08691): figure 1 is the gap that closes with size; section 3.2 start, length, steps
+# - Lester et al. 2021, [The Power of Scale](https://arxiv.org/abs/2104.08691): figure 1 is the gap that closes with size; section 3.2 length, start, and the objective of pre-training
 # - Liu et al. 2021, [GPT Understands, Too](https://arxiv.org/abs/2103.10385): P-tuning
 # - Shin et al. 2020, [AutoPrompt](https://arxiv.org/abs/2010.15980): hard prompts, found by gradients
 # - Khashabi et al. 2022, [Prompt Waywardness](https://arxiv.org/abs/2112.08348): what nearest words are worth

@@ -16,12 +16,12 @@
 # ## What you will be able to do
 #
 # - say which tensors prefix tuning trains, in which layers, and count them from a model's shapes
-# - write attention with a prefix, and show that any prompt is a special prefix
+# - write attention with a prefix, and show that in a causal model any prompt is a special prefix
 # - read off how much a layer looks at its prefix
 # - explain what the network of prefix tuning is for, train with and without it, and fold it away
 # - tell what a prefix learns well and what it hardly learns, beside a prompt and a LoRA of equal size
 #
-# **You need:** Python, what keys, values and queries are. Chapter 2 (soft prompts) helps.
+# **You need:** Python, what keys, values and queries are. Chapter 2 (soft prompts) helps. LoRA, built in chapter 5, is only compared with: it adds a small trained update to the weights themselves.
 #
 # **The papers:** Li & Liang 2021, *Prefix-Tuning*, [arXiv:2101.00190](https://arxiv.org/abs/2101.00190): you build its section 4.2, and the network of section 4.3. Liu et al. 2021, *P-Tuning v2*, [arXiv:2110.07602](https://arxiv.org/abs/2110.07602): the same without the network, on classifiers too. He et al. 2022, [arXiv:2110.04366](https://arxiv.org/abs/2110.04366): the equation of its section 3.1 you show by hand.
 
@@ -47,7 +47,7 @@ lab.runtime_box("03_prefixes")
 #
 # Write down what you expect. Replace the `None` below; near the end a cell puts your numbers beside the measured ones.
 #
-# 1. *Ten prefixes on a model of 12 layers and width 768 are 184,320 parameters, well under 0.1 % of it.* So says an article on the web. How many **percent** of BERT-base are they really?
+# 1. *Ten prefixes on a model of 12 layers and width 768 are 184,320 parameters, well under 0.1 % of it.* So says an article on the web, and means ten prefix positions. How many **percent** of BERT-base are they really?
 # 2. In this chapter's language model, one prefix position trains as many numbers as **how many** vectors of a soft prompt?
 # 3. You train a prefix until it does its task. How many **percent** of the attention goes to it, on average over layers and heads?
 # 4. You give a prompt, a prefix and a LoRA equally many numbers and equally many steps, and let each learn a list of facts that nobody can know. Which one keeps most: `"prompt"`, `"prefix"` or `"LoRA"`?
@@ -61,7 +61,7 @@ predicted = {"percent of BERT-base": None, "prompt vectors to one position": Non
 #
 # A soft prompt is put in front of the text once, at the bottom. What the upper layers see there, the frozen model decides. Can you not speak to every layer directly?
 #
-# The task is the one of the LoRA chapter, on a few medicines: answer in one fixed format, and know the facts. *Forward:* the name is in the question, the card is the answer. *Reverse:* the card is in the question, the name is the answer. The wordings of the test questions are not trained on. First, the frozen model. This is teaching data, not medical advice.
+# The task is the one of chapter 2, on a few medicines and in both directions: answer in one fixed format, and know the facts. *Forward:* the name is in the question, the card is the answer. *Reverse:* the card is in the question, the name is the answer. The wordings of the test questions are not trained on. The scores are shares of the answers. Forward: *format* kept, *name* copied, *facts* (each of the four on its own), *all_facts* (all four right). Reverse: *recall*, the name is right. First, the frozen model. This is teaching data, not medical advice.
 
 # %%
 BASE = profiles.base_model()
@@ -93,7 +93,7 @@ lab.table([{"model": "frozen"} | frozen])
 #
 # | | shape | |
 # |---|---|---|
-# | $q$ | $(H, T, d)$ | $H$ query heads of width $d$, $T$ tokens; frozen, no prefix |
+# | $q$ | $(H, T, d)$ | $H$ query heads of width $d$ (in chapter 2, $d$ was the width of the model), $T$ tokens; frozen, no prefix |
 # | $K$, $V$ | $(G, T, d)$ | what the frozen layer makes of the tokens; $G$ key/value heads |
 # | $P_K^l$, $P_V^l$ | $(G, n, d)$ | **trained**, one pair in each of $L$ layers |
 #
@@ -155,7 +155,7 @@ check.prefix_parameter_count(prefix_parameter_count)
 # %% [markdown]
 # ### The article's figure
 #
-# Articles write $n \times d_\mathrm{model} \times 2 \times L$. That holds where keys are as wide as the model: BERT, GPT-2. With grouped-query attention it is too much. Look at the two columns, and at the percentages.
+# Articles write $n \times d_\mathrm{model} \times 2 \times L$. That holds where keys are as wide as the model: BERT, GPT-2. With grouped-query attention it is too much. Compare *as articles count* with *ten positions*, and look at the percentages.
 
 # %%
 def shapes_of(name: str, config) -> dict:
@@ -201,7 +201,7 @@ assert math.isclose(with_prefix, (1 - lam) * without + lam * 1, rel_tol=1e-6)
 #
 # $$\mathrm{attention}(q, [P_K; K], [P_V; V]) = (1 - \lambda)\,\mathrm{attention}(q, K, V) + \lambda\,\mathrm{attention}(q, P_K, P_V)$$
 #
-# How the tokens are weighted *among themselves* it cannot change. It is an adapter in disguise: what it adds depends on the query, and $\lambda$ is its gate.
+# How the tokens of this layer are weighted *among themselves* it cannot change. What it adds depends on the query, and $\lambda$ is the gate. He et al. conclude that a prefix is close to an adapter, the method of chapter 4.
 #
 # ## Build it
 #
@@ -209,7 +209,7 @@ assert math.isclose(with_prefix, (1 - lam) * without + lam * 1, rel_tol=1e-6)
 #
 # ### Exercise 2: attention with a prefix · 15 minutes · medium
 #
-# Write it for a causal model with grouped heads. Query head $h$ reads key/value head $h \,/\!/\, (H/G)$. Query $t$ sees the whole prefix and the tokens $0 \ldots t$.
+# Write it for a causal model with grouped heads. Query head $h$ reads key/value head $h \,/\!/\, (H/G)$. Query $t$ sees the whole prefix and the tokens $0 \ldots t$. As always, $q \cdot k$ is divided by $\sqrt d$ before the softmax. $B$ is the number of texts in the batch.
 #
 # <details>
 # <summary>Hint</summary>
@@ -266,7 +266,7 @@ print(f"cache and socket differ by {(plugged - cached).abs().max() / scale:.1g} 
 # %% [markdown]
 # ### Step 3: every prompt is a prefix
 #
-# A layer computes keys and values of the prompt's positions, and the text looks at them. Compute them once, store them as $P_K$ and $P_V$, drop the prompt: the text cannot tell.
+# A layer computes keys and values of the prompt's positions, and the text looks at them. Compute them once, store them as $P_K$ and $P_V$, drop the prompt: the text cannot tell. This needs a causal model, where the prompt cannot look at the text behind it. In an encoder it can, and its keys and values change with each text.
 #
 # ### Exercise 3: the prefix of a prompt · 10 minutes · medium
 #
@@ -295,7 +295,7 @@ check.prefix_of_a_prompt(prefix_of_a_prompt)
 # %% [markdown]
 # Now on the real model, all layers at once: `init="text"` does it. The assertion says that the model answers as if the text stood in front of the question.
 #
-# So a prefix can do all that a prompt can. The other way round fails, and counting shows why. For each position a soft prompt chooses `width` numbers, and the frozen layers make all keys and values from them. A prefix chooses those keys and values freely.
+# So in a causal model a prefix can do all that a prompt of the same length can. The other way round fails, and counting shows why. For each position a soft prompt chooses `width` numbers, and the frozen layers make all keys and values from them. A prefix chooses those keys and values freely.
 
 # %%
 text = "Answer in five fields, one line.\n"
@@ -339,6 +339,8 @@ check.prefix_share(prefix_share)
 # Li & Liang found that training $P_K$ and $P_V$ directly was unstable. They let a network make them during training, from one table $E$ that all layers share:
 #
 # $$[P_K^l; P_V^l] = W_l \tanh(W E + b) + b_l$$
+#
+# It acts on each row of $E$ by itself. $E$ is $(n, D)$ with $D = G \cdot d$, one row for each position; $W$ is $(\mathrm{hidden}, D)$ with a width that you choose, and each layer has its own $W_l$, $(2D, \mathrm{hidden})$.
 #
 # After training only its output is needed. Compute it once, keep it, throw the network away: that is **folding**. P-tuning v2 leaves the network out from the start.
 #
@@ -387,7 +389,7 @@ lab.table([{"ten positions": "with the network, in training", "numbers": made, "
 # %% [markdown]
 # ## The same as the package
 #
-# Here is the package's piece, and the function through which every attention layer goes. Compare it with exercise 2. The lines on the mask are the ones where public code has gone wrong; you will mend one below.
+# Here is the package's piece, and the function through which every attention layer goes. Compare it with exercise 2. Mind the lines on the mask: in exercise 6 you mend a mask that is wrong.
 
 # %%
 from minipeft.methods.prefix_tuning import Prefix
@@ -440,7 +442,7 @@ check.visible(visible)
 # %% [markdown]
 # ## Before training: something changed already
 #
-# LoRA starts from an unchanged model, because $B = 0$. A prefix cannot: softmax gives every position some weight, whatever its key. So measure how far each start moves the model: the loss on the training questions before any step. *Real keys and values* are those of a solved card, cut to length: the model starts as if it had just read an example.
+# LoRA starts from an unchanged model: its update is zero at first. A prefix cannot: softmax gives every position some weight, whatever its key. So measure how far each start moves the model: the loss on the training questions before any step. *Real keys and values* are those of a solved card, cut to length: the model starts as if it had just read an example.
 #
 # The length is chosen so that the prefix has about as many numbers as a LoRA of rank 1 on all linear layers: you will compare the two.
 
@@ -470,7 +472,7 @@ lab.table(rows, f"{length} positions; a LoRA of rank 1 has {lora_size:,}")
 # %% [markdown]
 # ## The fine-tune
 #
-# The prefix starts from the keys and values of a real card. A LoRA of about the same size then gets the same questions, in the same order, equally often. The frozen bytes are compared at the end.
+# The prefix starts from the keys and values of a real card. A LoRA of about the same size then gets the same questions, in the same order, equally often, at a rate of its own. The frozen bytes are compared at the end.
 
 # %%
 plan = mp.FitConfig(steps=mp.pick(smoke=2, cpu=40, gpu=150), batch_size=mp.pick(smoke=2, cpu=8, gpu=16), lr=1e-2, warmup=0.1)
@@ -511,11 +513,11 @@ ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, frameon=False
 figure
 
 # %% [markdown]
-# Read the bars from left to right: from behaviour to knowledge. Format can be shown by one example, copying a name needs only attention, facts must be *stored* somewhere. Where is the prefix near LoRA, and where is it not? Both have the same number of trained numbers and saw the same questions. What differs is the place.
+# Read the bars from left to right: from behaviour to knowledge. Format can be shown by one example, copying a name needs only attention, facts must be *stored* somewhere. Where is the prefix near LoRA, and where is it not? Both have about the same number of trained numbers and saw the same questions. What differs is the place, and with it the start and the rate. After so few steps a low bar may also mean *not yet*.
 #
 # ## Where does the model look?
 #
-# Save the prefix, open it on a fresh copy of the model that keeps its attention weights, and measure $\lambda$: in each layer, for each position of the prefix, averaged over heads and over the tokens of the test questions. On the right, the sum over positions, before and after training.
+# Save the prefix, open it on a fresh copy of the model that keeps its attention weights, and measure. Left: the attention on each position of the prefix, in each layer, averaged over heads and over the tokens of some test questions. Right: the sum over positions, which is $\lambda$, before and after training.
 
 # %%
 shelf = tempfile.TemporaryDirectory()
@@ -559,7 +561,7 @@ figure
 #
 # ## How many facts fit?
 #
-# A cleaner question. Give each medicine a random three-digit number. Nobody can know it, so each right answer was **stored** in the trained numbers. A prompt, a prefix and a LoRA get equally many trained numbers: see the table. Then all learn the same list, in the same number of steps. The rates differ, since a good rate belongs to a method: they stand in the next cell. Change one, and see what it does.
+# A cleaner question. Give each medicine a random three-digit number. Nobody can know it, so each right answer was **stored** in the trained numbers. A prompt, a prefix and a LoRA get equally many trained numbers: see *trained* in the table. (*prefix positions* is the size that all three match: the prompt then has many more vectors, by the factor that you computed in step 3.) Then all learn the same list, in the same number of steps. The rates differ, since a good rate belongs to a method: they stand in the next cell. Change one, and see what it does.
 
 # %%
 draw = random.Random(0)
@@ -622,13 +624,13 @@ print("at the smallest size most facts are kept by:", ", ".join(winner) or "nobo
 figure
 
 # %% [markdown]
-# Say precisely what this measures: facts kept *after so many steps at this rate*, of one seed. It is not the most that would ever fit. But where the three differ, the number of parameters cannot be the reason: it is equal. The place is. A prefix mixes a few fixed vectors into attention, the same ones for every medicine; only $\lambda$ and the weights among them depend on the text. LoRA changes what a layer computes from each token.
+# Say precisely what this measures: facts kept *after so many steps at this rate*, of one seed. It is not the most that would ever fit. But where the three differ, the number of parameters cannot be the reason: it is equal. What is left is the place, and how far each rate suits it. A prefix mixes a few fixed vectors into attention, the same ones for every medicine; only $\lambda$ and the weights among them depend on the text. LoRA changes what a layer computes from each token.
 #
 # ## The network: is training steadier with it?
 #
 # Now the other half of the method: P-tuning v2, on an encoder with a head for two classes. MiniLM reads short film reviews, positive or negative. Here there is no cache to misuse: the socket is the same as before. The head is trained too, from a random start, so its seed counts.
 #
-# Directly and through the network, at several rates, with several seeds each. All have the same number of prefix positions, and the same steps.
+# Train the prefix directly and through the network, at several rates, with several seeds each. All runs have the same number of prefix positions, and the same steps.
 
 # %%
 def reviews(split: str, most: int) -> list[dict]:
@@ -695,11 +697,11 @@ panels[0].text(grid[0], commoner, "always the commoner label", va="bottom", font
 figure
 
 # %% [markdown]
-# Each dot is one seed. Compare two things: how far the dots of one rate lie apart, and how wide the range of rates is that works. The network makes all layers move together, and not by the rate alone. So it shifts the good rates: the line above the figure says by how much its prefix moves in one step. Whether it is *steadier* depends on whether you searched the rate for both. The P-tuning v2 paper, too, finds that the network helps on some tasks and harms on others.
+# Each dot is one seed. Compare two things: how far the dots of one rate lie apart, and how wide the range of rates is that works. Through the network, a step changes weights that all layers share, and the prefix moves by what comes out: not by about the rate, as it does directly. The line above the figure says by how much. So the good rates need not be the same, and the network can look *steadier* merely because a rate suits it. That is why both got the whole grid. The P-tuning v2 paper, too, finds that the network helps on some tasks and harms on others.
 #
 # ## Equal size, one table
 #
-# The same reviews and steps for a soft prompt, a prefix, a LoRA of the same size, the head alone, and full fine-tuning. The two small columns say what one number costs: a prompt makes every text longer, in all layers.
+# The same reviews and steps for a soft prompt, a prefix, a LoRA of the same size, and full fine-tuning. Each trains the new head as well. *s a step* is the price in time: a prompt makes every text longer, in all layers. One thing is unfair: the prefix has the best rate of the grid above, chosen on these very test reviews; the others have one rate each.
 
 # %%
 table_seeds = seeds[:2]
@@ -723,11 +725,11 @@ print(f"error from the number of test reviews: about ± {100 * error:.1f} points
 lab.table(rows)
 
 # %% [markdown]
-# Chapter 1 trained the same encoder longer. Here all methods get the same few steps, so read the order, and not the heights.
+# Chapter 1 trained the same encoder longer. Here all methods get the same few steps, so read the order, not the heights, and the order only where two rows differ by more than the error.
 #
 # ## Break it: a prefix too long, a rate too high
 #
-# A longer prefix takes attention away from the text, $1 - \lambda$ shrinks. And a prefix trained directly at a high rate jumps: one step of Adam moves every entry by about the rate, and keys of this model are only so large. Measure both before you believe it: the loss before any training against the length, and the size of an Adam step against the size of a real key.
+# A longer prefix takes attention away from the text, $1 - \lambda$ shrinks. And a prefix trained directly at a high rate jumps: one step of Adam moves every entry by about the rate, and real keys are only so large. Measure both: the loss before any training against the length, and the size of an Adam step against the size of a real key.
 
 # %%
 lengths = mp.pick(smoke=[1, 20], cpu=[1, 5, 20, 80], gpu=[1, 5, 20, 80, 320])
@@ -748,7 +750,7 @@ lab.table(rows)
 #
 # A prefix cannot be merged into the weights: there is no weight that it changes. `mp.merge` says so. But it can be **cached**: for a given prefix nothing has to be computed at its positions, ever. Its price is attention over $n$ more keys.
 #
-# Then compare with Hugging Face PEFT, which opens the same files. Its format is one tensor, the prefix as it comes out of the network. So there a run through a network cannot be resumed from its file; `mp.save_adapter` keeps the network in a second one.
+# Then compare with Hugging Face PEFT, which opens the same files. Its format is one tensor, the prefix as it comes out of the network. So in PEFT a run through a network cannot be resumed from that file. `mp.save_adapter` writes the same file and, where there is a network, a second one with the network. (The prefix here was trained directly.)
 
 # %%
 try:
@@ -802,7 +804,7 @@ def numbers(n_: int, layers: int = 32, kv: int = 8 * 128) -> str:
 tokens = 30                                                    # a text
 lab.quiz([
     {"question": "Which tensors does prefix tuning train, after folding?", "right": "keys and values of some extra positions, in every layer",
-     "choices": {"keys and values of some extra positions, in every layer": "$P_K^l$ and $P_V^l$; nothing else.",
+     "choices": {"keys and values of some extra positions, in every layer": "$P_K^l$ and $P_V^l$. (A classifier's new head trains as well, whatever the method.)",
                  "the projections $W_K$ and $W_V$ of every layer": "Those are frozen. They make the keys and values of the tokens only.",
                  "embeddings in front of the text": "That is a soft prompt: the layers then make keys and values from it.",
                  "queries, keys and values of some extra positions": "Nothing asks from these positions, so they need no query."}},
@@ -839,7 +841,7 @@ lab.quiz([
                  "leaves them, it starts at zero": "Even then the rest is scaled by $1-\\lambda$."}},
     {"question": f"An article: 184,320 numbers are *well under 0.1 %* of a 12-layer model. BERT-base has {bert['of']:,}. What is it?",
      "right": f"{bert['percent']:.2f} %",
-     "choices": {f"{bert['percent']:.2f} %": "Divide. It takes one line, and hardly anybody does.",
+     "choices": {f"{bert['percent']:.2f} %": "Divide. It takes one line.",
                  f"{bert['percent'] / 10:.3f} %": "A decimal place is lost.",
                  f"{bert['percent'] * 10:.1f} %": "A decimal place too many.",
                  f"{bert['percent'] / 2:.3f} %": "That counts keys or values, not both."}},
@@ -856,19 +858,19 @@ lab.quiz([
 #
 # - Prefix tuning trains $P_K$ and $P_V$ in the attention of every layer: $2 \cdot L \cdot G \cdot d \cdot n$ numbers. Count with key/value heads, not with the width of the model.
 # - It is the **key/value socket**: $(K, V) \to ([P_K; K], [P_V; V])$. Nothing is computed at the new positions.
-# - Every prompt is a prefix. Few prefixes are prompts.
+# - In a causal model every prompt is a prefix. Few prefixes are prompts.
 # - What it does is mix: $(1-\lambda)$ of what was there, $\lambda$ of its own. It does not reweigh the tokens among themselves.
-# - The network helps training, or not; it is folded away. Without it the method is P-tuning v2.
+# - Whether the network helps training depends on the task and on the rates tried; it is folded away in any case. Without it the method is P-tuning v2.
 # - Format, copying and facts are three different things to learn. Ask for each, and compare methods at equal size, as you did.
 #
 # ## Next
 #
-# [Chapter 5](05_lora.ipynb) puts a small update beside the weights themselves.
+# [Chapter 4](04_adapters.ipynb) puts small trained modules into every block.
 #
 # ## Further reading
 #
 # - Li & Liang 2021, [Prefix-Tuning](https://arxiv.org/abs/2101.00190): sections 4.2 and 4.3; section 7 on initialisation and length
 # - Liu et al. 2021, [P-Tuning v2](https://arxiv.org/abs/2110.07602): section 3.3 on the network and on classification heads
 # - He et al. 2022, [Towards a Unified View](https://arxiv.org/abs/2110.04366): prefixes as adapters
-# - Petrov, Torr & Bibi 2024, [When Do Prompting and Prefix-Tuning Work?](https://arxiv.org/abs/2310.19698): what a prefix cannot do
-# - Xiao et al. 2024, [Efficient Streaming Language Models with Attention Sinks](https://arxiv.org/abs/2309.17453)
+# - Petrov, Torr & Bibi 2023, [When Do Prompting and Prefix-Tuning Work?](https://arxiv.org/abs/2310.19698): what a prefix cannot do
+# - Xiao et al. 2023, [Efficient Streaming Language Models with Attention Sinks](https://arxiv.org/abs/2309.17453)

@@ -50,7 +50,7 @@ lab.runtime_box("04_adapters")
 # 1. BERT-base has twelve blocks of width 768. Two adapters of 64 in each block: how many **percent** of the model's numbers is that?
 # 2. You train the four tasks of chapter 1, with full fine-tuning and with adapters. By how many **points** of accuracy do the adapters lead, on average? (Negative: they trail.)
 # 3. You take the skip out of every adapter and train again. How many **percent** of the film reviews does that model get right?
-# 4. Four adapters, one a domain. You average the weights of three. How many **percent** right on the domain of the fourth?
+# 4. Four adapters, one a domain. You average the weights of three. How many **percent** right on the domain of the fourth? (The mean over the four ways to leave one out.)
 
 # %%
 predicted = {"percent of BERT-base": None, "lead of adapters, points": None,
@@ -59,7 +59,7 @@ predicted = {"percent of BERT-base": None, "lead of adapters, points": None,
 # %% [markdown]
 # ## The problem
 #
-# Four domains, four tasks: film reviews, product reviews, newspaper editorials, tweets, each text positive or negative. In chapter 1 every task needed a model of its own, or one model went from task to task and lost its old skill. You want **one** model in memory, frozen, and four small things beside it.
+# Four domains, four tasks: film reviews, product reviews, newspaper editorials, tweets, each text positive or negative. In chapter 1 every task needed a model of its own, or one model went from task to task, and you measured what it lost on the way. You want **one** model in memory, frozen, and four small things beside it.
 #
 # First the frozen model. It gets a new head of two classes, and only that is trained.
 #
@@ -103,15 +103,15 @@ lab.table(rows)
 #
 # | | shape | |
 # |---|---|---|
-# | $h$ | $(d)$ | what a sub-layer of the frozen model returned |
+# | $h$ | $(d)$ | what a sub-layer of the frozen model returned: its attention or its feed-forward |
 # | $W_\mathrm{down}$, $b_\mathrm{down}$ | $(m, d)$, $(m)$ | trained: squeeze to $m$ numbers |
 # | $\sigma$ | | ReLU or GELU |
 # | $W_\mathrm{up}$, $b_\mathrm{up}$ | $(d, m)$, $(d)$ | trained: widen to $d$ numbers |
 # | $h'$ | $(d)$ | what goes on instead of $h$ |
 #
-# $m$ is the **bottleneck**. Both matrices start near zero, so $h' \approx h$: the model is nearly what it was. In the words of this course it is a piece in the **module socket**: $(x, y) \to y'$, here with $y' = y + f(y)$.
+# $d$ is the width of the model, $m$ is the **bottleneck**. What is added to $h$ is called $f(h)$ from here on. Both matrices start near zero, so $h' \approx h$: the model is nearly what it was. In the words of this course it is a piece in the **module socket**: $(x, y) \to y'$. A piece sees what went into a frozen module, $x$, and what came out, $y$, and returns what goes on, here $y' = y + f(y)$.
 #
-# The picture shows the adapter and three places for it in a block. Houlsby et al. put one after the attention and one after the feed-forward. Pfeiffer et al. keep the second alone. He et al. put it beside the feed-forward, where it reads the same input. "After" is before the $+$ of the block's own residual.
+# The picture shows the adapter and three places for it in a block. Houlsby et al. put one after the attention and one after the feed-forward. Pfeiffer et al. keep the second alone. (Their own code also moves the addition and the norm; here it is Houlsby's second adapter, and nothing else.) He et al. put it beside the feed-forward: it reads the same input $x$, and what it makes of it is multiplied by a fixed scale, so $y' = y + \mathrm{scale} \cdot f(x)$. "After" is before the $+$ of the block's own residual.
 
 # %% tags=["figure"]
 from matplotlib.patches import FancyBboxPatch, Polygon
@@ -171,7 +171,7 @@ picture()
 # %% [markdown]
 # ## Draw it
 #
-# A classic question: draw an adapter, in its place. Put the parts into the order in which a hidden state meets them, in a BERT block after its attention. Some parts do not belong. (Where no kernel runs, draw it on paper and unfold the answer.)
+# A classic question: draw an adapter, in its place. Put the parts into the order in which a hidden state meets them, in a BERT block after its attention. Some parts do not belong. From here on, as in every block, $h$ is what the block got and $y$ what its attention made of it: the adapter computes $y + f(y)$. (Where no kernel runs, draw it on paper and unfold the answer.)
 
 # %%
 lab.ordering(
@@ -191,7 +191,7 @@ lab.ordering(
 # %% [markdown]
 # ## By hand
 #
-# Take pencil and paper. $d = 3$, $m = 2$, no biases:
+# Take pencil and paper. The adapter alone, as in the equation, with the ReLU. $d = 3$, $m = 2$, no biases:
 #
 # $$h = \begin{pmatrix}2\\-1\\1\end{pmatrix}\qquad W_\mathrm{down} = \begin{pmatrix}1&0&1\\0&2&1\end{pmatrix}\qquad W_\mathrm{up} = \begin{pmatrix}1&4\\0&1\\-1&2\end{pmatrix}$$
 #
@@ -291,7 +291,7 @@ check.adapted_block(adapted_block)
 # %% [markdown]
 # ### Step 3: plug it in
 #
-# You do not rewrite BERT for that. torch calls a *forward hook* after a module has run; what it returns becomes the module's output. `mp.anatomy` says which linear ends each attention and each feed-forward. Nearly nothing changes at the start, the base gets no gradient, and pulled out, the model is as it was.
+# You do not rewrite BERT for that. torch calls a *forward hook* after a module has run, with what went in (a tuple) and what came out; what the hook returns becomes the module's output. `mp.anatomy` says which linear ends each attention and each feed-forward, whatever the model calls them: here their parts are `"o"` and `"down"`. Nearly nothing changes at the start, the base gets no gradient, and pulled out, the model is as it was.
 
 # %%
 from minipeft.anatomy import anatomy
@@ -318,7 +318,7 @@ print(f"{len(pieces)} pieces, at {last[0]}, {last[1]}, …; at the start the log
 # %% [markdown]
 # ## The same as the package
 #
-# The package's piece is called `Bottleneck`. What it has more: a scale, a norm on the way in if you ask for one, and an entry for the parallel placement. From here on the chapter uses the package.
+# The package's piece is called `Bottleneck`. What it has more: a scale, a norm on the way in if you ask for one, GELU if you ask for it, and an entry that keeps $x$ for the parallel placement. From here on the chapter uses the package.
 #
 # Hugging Face PEFT has no bottleneck adapters, so there is nothing to compare with. The package's tests compare with a model in float64, written by hand for each of four architectures. Here you compare with yourself, at random weights.
 
@@ -401,9 +401,9 @@ report
 # %% [markdown]
 # ## The fine-tune: four tasks on one model
 #
-# First a rate. Each method gets its own, the best of a few on held-out film reviews. Full fine-tuning takes the one of chapter 1.
+# First a rate. Each method gets its own, the one with the lowest loss on held-out film reviews. Full fine-tuning takes the one of chapter 1.
 #
-# Then one model is loaded, once. It gets an adapter a domain, all from the same numbers, and each learns its task while the others rest: `mp.fit` trains what is active.
+# Then you go on with the one model from above. It gets an adapter a domain, all from the same numbers, and each learns its task while the others rest: `mp.fit` trains what is active. BitFit, in the sweep below, is explained after it.
 
 # %%
 held_out = short("movies", "validation", mp.pick(smoke=8, cpu=200, gpu=500))
@@ -436,7 +436,7 @@ print(f"four adapters in {sum(seconds.values()):.0f} seconds; the frozen bytes a
 # %% [markdown]
 # ### Beside full fine-tuning, and the smallest baseline
 #
-# **Full fine-tuning** needs a fresh model for every task. **BitFit** is the smallest thing that one can train inside the model: it changes the biases and nothing else. Each comes with its own rate, and with several seeds, which decide the head, the start and the order of the texts.
+# **Full fine-tuning** needs a fresh model for every task. **BitFit** is the smallest baseline here: inside the model it changes the biases and nothing else. Every method trains the head as well. Each comes with its own rate, and with several seeds, which decide the head, the start and the order of the texts.
 
 # %%
 SEEDS = mp.pick(smoke=(1, 0), cpu=(1, 0), gpu=(4, 3, 2, 1, 0))
@@ -467,7 +467,7 @@ mp.attach(bits, mp.BitFit())
 trained = {"full": sum(p.numel() for p in full_model.parameters()), "adapters": report.trainable,
            "BitFit": mp.parameter_report(bits).trainable}
 print(f"adapters lead by {lead:+.1f} points on average; the seeds make that uncertain by ± {error:.1f}")
-print(f"one test score is known to about ± {100 * math.sqrt(0.8 * 0.2 / len(test['movies'])):.0f} points: {len(test['movies'])} texts")
+print(f"one test score is known to about ± {100 * math.sqrt(overall['adapters'] * (1 - overall['adapters']) / len(test['movies'])):.0f} points: {len(test['movies'])} texts")
 display(lab.table([*rows, *({"model": name, "trained": trained[name]} | mean[name] | {"mean": overall[name], "spread over seeds": spread[name]}
                             for name in results)]))
 
@@ -478,15 +478,17 @@ for place, (name, colour) in enumerate((("full", "grey"), ("adapters", "blue"), 
     for x, values in zip(at, results[name].values()):
         ax.plot([x] * len(values), values, "_", color=lab.COLOURS["black"], markersize=9)
 ax.set_xticks(range(len(DOMAINS)), DOMAINS)
-ax.set(ylabel="right", ylim=(0, 1.2))
+ax.set(ylabel="share of texts right", ylim=(0, 1.2))
 ax.set_title("four tasks, numbers trained for each; a line for each seed", fontsize=10)
 ax.legend(ncols=3, fontsize=9, loc="upper center")
 figure
 
 # %% [markdown]
+# How to read it. Compare the lead with its ±, and with what one test score is known to. A lead below that is none. Then look at the column *trained*: what does each point cost in numbers? *Spread over seeds* is a standard deviation, taken in each domain and then averaged.
+#
 # ## Switching
 #
-# The four adapters stand on one model. Switching is a name. What does it cost, and what does each adapter know about the other domains?
+# The four adapters stand on one model. You switch by a name: the pieces in the blocks and the head change together. What does it cost, and what does each adapter know about the other domains?
 
 # %%
 began = time.perf_counter()
@@ -510,7 +512,7 @@ lab.heat_map(across, DOMAINS, DOMAINS, row_label="adapter of", column_label="tes
 #
 # Three ways through four tasks, one after the other. **Full fine-tuning** goes on from task to task, as in chapter 1. **One adapter** does the same: it is small, but it too is overwritten. **Four adapters** never touch each other. After the last stage: how much worse is each domain than right after its own training?
 #
-# And the old skill of chapter 1: finding a sentence by every third word of it, which the model was made for.
+# And the old skill of chapter 1: given every third word of a sentence, find it among the others. The model was made for search like that.
 
 # %%
 def find_again(model) -> float:
@@ -556,13 +558,13 @@ display(lab.table([{"forgotten, points": name} | {d: 100 * x for d, x in by.item
 lab.table([{"the old skill": name, "found again": share} for name, share in skill.items()])
 
 # %% [markdown]
-# Four adapters forget nothing: there is nothing to measure, and the assertion says so. That is not because adapters are gentle. Compare *one adapter* with *full*. It is because each task has numbers of its own.
+# Four adapters forget nothing: the zeros are exact, and the assertion says so. Is that because adapters are small? Look at *one adapter*: it is as small, and nothing protects what it learned first. How much it lost beside *full*, the table says, as far as so many test texts can tell. (A negative number: a later task helped.) The exact zeros come from something else: each task has numbers of its own.
 #
 # The old skill is there as soon as the adapter is off. With it on, the model is another one: see the table.
 #
 # ## Break it: the skip and the start
 #
-# Now take apart what the paper put in with care. `Variant` is the package's method, with two changes that you can ask for: no skip, so that $y' = f(y)$, and another start. Any dataclass with a method `pieces` is a method to `mp.attach`.
+# Now take apart what the paper put in with care. `Variant` is the package's method, with two changes that you can ask for: no skip, so that $y' = f(y)$, and another start. *Large* is the start that `nn.Linear` gives itself. Any dataclass with a method `pieces` is a method to `mp.attach`.
 
 # %%
 class NoSkip(nn.Sequential):
@@ -595,7 +597,7 @@ def gradient_below(one) -> float:
     return size
 
 variants = {"the paper's: skip, small": Variant(16), "skip, large start": Variant(16, start="large"),
-            "skip, W_up zero, as LoRA's B": Variant(16, start="up zero"),
+            "skip, W_up zero": Variant(16, start="up zero"),
             "no skip, small": Variant(16, skip=False), "no skip, large start": Variant(16, skip=False, start="large")}
 untouched = gradient_below(fresh()[0])
 starts, losses = [], {}
@@ -621,11 +623,11 @@ ax.legend(fontsize=8.5, ncols=2)
 figure
 
 # %% [markdown]
-# Read the columns *before* first: they say what is left of the model before any training. With the skip and a small start it is nearly the model that you had. Without the skip, a small adapter returns nearly nothing: it deletes the attention and the feed-forward of every block, and only the block's own residual is left. A large start without the skip sends noise on instead.
+# Read the columns *before* first: they say what is left of the model before any training. With the skip and a small start it is nearly the model that you had. Without the skip, a small adapter returns nearly nothing: it deletes the attention and the feed-forward of every block, and only the block's own residual is left. The head reads the first position, and without attention hardly anything gets there from the other words. A large start without the skip sends noise on instead.
 #
-# *Gradient below* is how long the gradient of the loss is at the embedding, as a multiple of the bare model's. With the skip, $\partial y' / \partial y = 1 + f'(y)$: whatever $f$ is, the gradient comes through. Without it, $f'(y)$ alone is left, with a small start a product of two small matrices, and what still arrives came past the sub-layers, through the block's own residual.
+# *Gradient below* is how long the gradient of the loss is at the embedding, as a multiple of the bare model's. With the skip, $\partial y' / \partial y = I + f'(y)$, with $I$ the identity: however small $f'$ is, the gradient comes through. Without it, $f'(y)$ alone is left, with a small start a product of two small matrices, and what still arrives came past the sub-layers, through the block's own residual.
 #
-# Then look at *after*, and at the curves. A start that is wrong costs steps. Whether training can repair it in the steps you gave it, the table says.
+# Then look at *after*, and at the curves. *After: loss* is the mean over the last ten training steps. Does a wrong start cost steps? Can training repair it in the steps you gave it? Each variant ran once, so trust large differences only.
 #
 # ### Both matrices zero?
 #
@@ -645,11 +647,11 @@ assert [table[2][n] for n in ("down.weight", "down.bias", "up.weight", "up.bias"
 lab.table(table, "a gradient that is not zero, in the first step")
 
 # %% [markdown]
-# Both zero: only the last bias learns, for ever. The adapter has become BitFit on two layers of each block, with a few thousand idle numbers beside it. Nothing raises an error, and the loss even falls. With $W_\mathrm{up}$ alone at zero the start is exact as well, and everything wakes up in the second step: LoRA starts like that.
+# Both zero: only the last bias learns, for ever. The adapter has become BitFit on two layers of each block, with two idle matrices beside it. Nothing raises an error, and the loss may even fall, for that bias and the head still learn. With $W_\mathrm{up}$ alone at zero the start is exact as well, and everything wakes up in the second step. LoRA, in chapter 5, starts like that.
 #
 # ## Exercise 4: find the bug (15 minutes, ★★)
 #
-# A mistake from public code, there with `.to("cuda")`. The cell below does the same with a dtype, so that you can see it without a GPU. The module computes, it even gives a gradient, and an optimizer gets nothing of it. Why?
+# A mistake from public code, there with `.to("cuda")`. The cell below does the same with a dtype, so that you can see it without a GPU. The module computes (its `forward` is left out here), its tensors even have `requires_grad`, and an optimizer gets nothing of it. Why?
 #
 # Then write `trainable_adapter`: a module that computes $h + W_\mathrm{up}\,\mathrm{ReLU}(W_\mathrm{down} h + b_\mathrm{down}) + b_\mathrm{up}$, of the dtype asked for, with exactly four parameters that train. How they start is up to you.
 #
@@ -685,9 +687,11 @@ check.trainable_adapter(trainable_adapter)
 # %% [markdown]
 # ## Averaging and stacking
 #
-# A text comes from a domain that you have no adapter for. You have three others. You can **average** their weights into one adapter (Chronopoulou et al. 2023): it costs as much as one. You can **stack** them, one behind the other: `mp.activate` takes a list. Each costs its time, and of the heads, the last one decides.
+# A text comes from a domain that you have no adapter for. You have three others. You can **average** their weights into one adapter (Chronopoulou et al. 2023): it costs as much as one. That makes sense for adapters that started from the same numbers, as yours did. From different starts, unit 3 of one has nothing to do with unit 3 of another. Or you can **stack** them, one behind the other: `mp.activate` takes a list. Each costs its time, and of the heads, the last one decides.
 #
 # ### Exercise 5: average (5 minutes, ★)
+#
+# You get the weights of several adapters, one dict for each: a name, and a tensor. Return a new dict of the same names that holds the mean of each tensor.
 #
 # <details>
 # <summary>Hint</summary>
@@ -724,6 +728,8 @@ print(f"on a domain that none of the three has seen: averaged {averaged:.1%}, st
 lab.table([{"left out": d} | by for d, by in combined.items()])
 
 # %% [markdown]
+# How to read it. *One other, mean* is what you get if you pick one of the three blindly; *best* is picked after the test, so nobody could have known it. Is averaging better than picking blindly? Is it worth less than an adapter of its own? Mind the ± from above: these are the same test texts.
+#
 # ## AdapterDrop: leave the first blocks alone
 #
 # Rücklé et al. leave out the adapters of the first $k$ blocks. Three things get cheaper: there are fewer numbers, training does not go back into blocks that have nothing to learn, and several tasks on one text can **share** what the first blocks compute.
@@ -820,11 +826,11 @@ display(lab.table(drop))
 figure, (left, right) = lab.new_figure(2, width=9, height=3.1)
 for column, colour in (("training step, ms", "blue"), ("four tasks, ms", "green"), ("blocks computed", "grey")):
     left.plot(K, [row[column] / drop[0][column] for row in drop], "o-", color=lab.COLOURS[colour], label=column.split(",")[0])
-left.set(xlabel="blocks without adapters", ylabel="relative to none", ylim=(0, 1.35))
+left.set(xlabel="blocks without adapters", ylabel="cost, 1 = adapters everywhere", ylim=(0, 1.35))
 left.legend(fontsize=9, ncols=3)
 noise = math.sqrt(drop[0]["films right"] * (1 - drop[0]["films right"]) / len(test["movies"]))
 right.errorbar(K, [row["films right"] for row in drop], yerr=noise, fmt="o-", color=lab.COLOURS["blue"], capsize=3)
-right.set(xlabel="blocks without adapters", ylabel="films right", ylim=(0.4, 1))
+right.set(xlabel="blocks without adapters", ylabel="share of films right", ylim=(0.4, 1))
 right.set_title("bars: the error from the number of test texts", fontsize=10)
 saved = {"four tasks": 1 - drop[2]["four tasks, ms"] / drop[0]["four tasks, ms"], "step": 1 - drop[2]["training step, ms"] / drop[0]["training step, ms"]}
 print(f"with {K[2]} of {blocks} blocks left alone: {1 - drop[2]['trained'] / drop[0]['trained']:.0%} fewer numbers, "
@@ -834,7 +840,7 @@ figure
 # %% [markdown]
 # ## Merge, save, reload
 #
-# An adapter cannot be folded into the weights: with the ReLU inside, no matrix does what it does. So it costs time at every use. LoRA has no ReLU, and that is why it can be merged. The time was measured above, and is again in chapter 10, more closely.
+# An adapter cannot be folded into the weights: with the ReLU inside, no matrix does what it does. So it costs time at every use. LoRA has no ReLU, and that is why it can be merged. You measured that time above. The cell prints it, as *a pass with adapters takes*.
 
 # %%
 try:
@@ -906,7 +912,7 @@ lab.quiz([
                  "beside the attention": "Beside is He et al., and there it is the feed-forward."}},
     {"question": "Four adapters on one model forget nothing. Why?", "right": "each task has numbers of its own",
      "choices": {"each task has numbers of its own": "And the frozen ones move for nobody.",
-                 "adapters are small": "One small adapter that goes through all tasks is overwritten too: see the table.",
+                 "adapters are small": "One small adapter that goes through all tasks is overwritten too. How much it lost, the table says.",
                  "the learning rate is low": f"It is {RATE['adapters']:g} here, full fine-tuning's {RATE['full']:g}. Frozen is frozen at any rate."}},
     {"question": f"{blocks} blocks, {K[2]} of them without adapters, four tasks on one text. How many blocks are computed?", "right": f"{K[2] + 4 * (blocks - K[2])}",
      "choices": {f"{K[2] + 4 * (blocks - K[2])}": "The first ones once, the others for each task.", f"{4 * blocks}": "Nothing shared.",
@@ -921,7 +927,7 @@ lab.quiz([
 # ## Recap
 #
 # - An adapter squeezes, bends, widens and adds. It trains $2md + m + d$ numbers.
-# - The skip and the small start belong together: the model begins as it was, and the gradient comes through.
+# - The skip and the small start belong together: the model begins nearly as it was, and the gradient comes through.
 # - It stands on what a sub-layer returns, before the block's residual.
 # - One frozen model, an adapter a task: nothing is forgotten, and switching is a name.
 # - It cannot be merged, so it costs time. Leaving it out of the first blocks saves some of that.

@@ -61,7 +61,7 @@ predicted = {"bytes a number, NF4 to float32": None, "Python's loop, times slowe
 # %% [markdown]
 # ## The problem
 #
-# A model in four bits is a quarter to an eighth of the size. But nothing multiplies with four-bit codes. Each time a layer is used, its weights are decoded first: in QLoRA, in every layer, in every step, forwards and backwards.
+# A model in four bits is a quarter of its size in 16 bits, an eighth of that in 32. But nothing multiplies with four-bit codes. Each time a layer is used, its weights are decoded first: in QLoRA, in every layer, in every step, forwards and backwards.
 #
 # So measure it on the frozen model. Below is the plainest way to decode, a loop in Python: two codes share a byte, the earlier number in the high half; a code is the place of one of 16 levels; 64 numbers in a row share a scale. You run it on a few of the numbers and compute how long the whole model would take.
 
@@ -105,7 +105,7 @@ lab.table([{"": "the linear layers of the blocks", "numbers": numbers, "MB in fl
 # | level | $(16)$ float32 | NF4's levels |
 # | out | $(n)$ | float32, or 16 bits |
 #
-# **Two things are called block here**: a block of *numbers*, which share a scale, and a block of *threads*. They have nothing to do with each other. In the picture, drawn small, a scale serves 4 numbers and a block has 3 threads.
+# **Two things are called block here**: a block of *numbers*, which share a scale, and a block of *threads*. They have nothing to do with each other. In the picture, drawn small, a scale serves 4 numbers and a block has 3 threads. Above it stand the 16 levels, which you need in a moment.
 
 # %% tags=["figure"]
 from matplotlib.patches import Rectangle
@@ -142,6 +142,7 @@ ax.text(-0.3, 4.2, "packed", ha="right", va="center", fontsize=10)
 ax.text(-0.3, 1.6, "out, number", ha="right", va="center", fontsize=10)
 ax.text(-0.3, 0.6, "scales", ha="right", va="center", fontsize=10)
 ax.set(xlim=(-2.4, 14.3), ylim=(0.1, 5.2))
+print("levels:", {code: round(level, 3) for code, level in enumerate(LEVEL)})
 figure
 
 # %% [markdown]
@@ -150,11 +151,10 @@ figure
 # Two bytes, `0xF0` and `0x7A`. In hexadecimal each digit is one code. Let two numbers share a scale, and let the scales be 2 and 10.
 #
 # 1. Which four codes are these, in the order of the numbers?
-# 2. Which levels? The first level is number 0; the table is printed below.
+# 2. Which levels? The first level is number 0; they are printed above the picture.
 # 3. Which scale belongs to each number? Write down the four results, then run the cell.
 
 # %%
-print("levels:", {code: round(level, 3) for code, level in enumerate(LEVEL)})
 by_hand = dequantize_loop([0xF0, 0x7A], [2.0, 10.0], 4, block_size=2)
 print("codes: ", [0xF0 >> 4, 0xF0 & 15, 0x7A >> 4, 0x7A & 15])
 print("result:", [round(number, 3) for number in by_hand])
@@ -283,9 +283,11 @@ lab.table(found, caption="of 8 scales")
 # | `launch(kernel, grid, block, …)` | `kernel<<<grid, block>>>(…)` | start it |
 # | a list | `float*`, `const float*` | an address; nobody knows its length |
 #
-# The last line is the one that hurts. Nothing stops a thread from writing behind the end of an array. So every kernel asks: is my number below `n`?
+# A little C++: a variable is declared with its type, `int i = 3;`. Between whole numbers `/` cuts off, like Python's `//`. `a ? b : c` is Python's `b if a else c`. `i < n && j < n` means *and*. A `uint8_t` is a byte, from 0 to 255.
 #
-# The next cell runs CUDA. `emulator.run` takes the text, the name, the grid, the block and the arguments. It runs all threads in several orders and stops at a race, an access outside, a barrier that not all reach, or a result that depends on the order. The first run compiles the emulator, which takes a while.
+# The last line of the table is the one that hurts. Nothing stops a thread from writing behind the end of an array. So every kernel asks: is my number below `n`?
+#
+# The next two cells run CUDA. `emulate` takes the text, the name, the grid, the block and the arguments. The emulator runs all threads in several orders. It stops at a race, an access outside, a barrier that not all reach, or a result that depends on the order, and `emulate` returns what it says: an empty text if it found nothing. The first run compiles the emulator, which takes a while.
 
 # %%
 NO_EMULATOR = check.no_emulator()
@@ -399,7 +401,7 @@ check.absmax_body(absmax_body)
 #                            float* out, int n, int block_size)
 # ```
 #
-# `packed` has ⌈n/2⌉ bytes, `scales` one number for each `block_size` numbers, `level` the 16 levels. There is at least one thread for each byte, perhaps more. Mind an odd `n`: half of the last byte is unused.
+# `packed` has ⌈n/2⌉ bytes, `scales` one number for each `block_size` numbers, `level` the 16 levels. `block_size` is even. There is at least one thread for each byte, perhaps more. Mind an odd `n`: half of the last byte is unused.
 
 # %%
 def dequantize_body() -> str:
@@ -427,7 +429,12 @@ check.dequantize_body(dequantize_body)
 # %% [markdown]
 # ### Step 4: five versions
 #
-# This is how the package does it. One file, five versions, each with the idea that should make it faster on a GPU. The text below is cut out of that file as it stands. `T` is the type of the results, `SCALES` stands for the scales in both their forms, and `put` rounds to `T`.
+# This is how the package does it. One file, five versions, each with the idea that should make it faster on a GPU. The text below is cut out of that file as it stands. You need not be able to write all of it. These words help to read it:
+#
+# - `template <class T>`: the text is compiled once for each type `T` of the results. `put` rounds to `T`.
+# - `LEVEL` are the 16 levels, in *constant memory*: small, read only, the same for all threads. `SCALES` stands for the arguments of the scales, float32 or double-quantised; `scale_of` gives the scale of a block of numbers.
+# - `int64_t` is a whole number of 64 bits. `Sixteen<T>` is 16 bytes that are read or written by one instruction. `reinterpret_cast` takes an address for that of another type.
+# - `#pragma unroll` asks the compiler to write a loop out. `i >> bits` divides by a power of two.
 #
 # Then all five run in the emulator, to float32 and to float16, at awkward sizes. Every bit must be the package's.
 
@@ -630,7 +637,8 @@ print(f"{side} × {side} numbers to {dtype}, on {lab.machine().summary}")
 display(lab.table(rows))
 
 told = json.loads((data_folder() / "results" / "kernels_gpu.json").read_text())
-print(f"{told['side']} × {told['side']} numbers of 16 bits, on {told['device']}, {told['date']}")
+copied = next(row for row in told["rows"] if row["what"] == "copy of the result")
+print(f"{told['side']} × {told['side']} numbers of 16 bits, on {told['device']}, {told['date']}; a copy of the result: {copied['ms']} ms, {copied['GB/s']:,.0f} GB/s")
 for what in ("dequantise", "quantise"):
     mine = [row for row in told["rows"] if row["what"] == what and row["way"].startswith("version")]
     display(lab.table([{what: row["way"], "ms": row["ms"], "GB/s": row["GB/s"], "times as fast as the one before": before["ms"] / row["ms"]}
@@ -639,10 +647,10 @@ for what in ("dequantise", "quantise"):
 # %% [markdown]
 # ### What a GPU said
 #
-# Perhaps you have no GPU here. The last two tables are from one: the package's benchmark, `tests/bench_gpu.py`, version by version, with the cache overwritten before each run. Two steps are worth a second look. They teach what the emulator cannot.
+# Perhaps you have no GPU here. The last two tables are from one: the package's benchmark, `tests/bench_gpu.py`, version by version, with the cache overwritten before each run. Beside the decoding you read above stands quantising; its five versions are in `kernels/cuda/quantize.cu`. The line above these tables has the copy on that GPU, which is the mark for decoding. Two steps are worth a second look. They teach what the emulator cannot.
 #
-# - **Decoding, 4 to 5.** Version 4 *reads* best: 16 bytes a thread. But then each thread writes 32 numbers in a row, so one store of a warp goes to 32 places, 64 bytes apart. Version 5 reads only 4 bytes a thread, and all neighbours write next to each other.
-# - **Quantising, 4 to 5.** The same text but for one thing: where the 15 thresholds lie. Each thread halves its way to a code, so 32 threads look at up to 15 different ones. Constant memory hands out one address at a time. Shared memory serves them together.
+# - **Decoding, 4 to 5.** Version 4 *reads* best: 16 bytes a thread. But then each thread writes 32 numbers in a row. With 16-bit results that is four stores of 16 bytes, and in one such store the threads of a *warp* (32 that run together) write to 32 places, 64 bytes apart. In version 5 a thread reads 4 bytes at a time, 8 numbers, and writes them with one store of 16 bytes, right beside its neighbours': 512 bytes in a row for a warp. It does four such parts, and reads all four before it uses the first. Its two other changes: while one read is on its way the next has begun, and a shift takes the place of a division. The table does not tell the three apart.
+# - **Quantising, 4 to 5.** The same text but for one thing: where the 15 thresholds between the levels come from. Each thread halves its way to a code in four steps, so in the last step the threads of a warp may ask for 8 different thresholds at once. In version 4 each is computed from two levels in constant memory, which hands out one address at a time. In version 5 the thresholds are computed once for each block of threads and kept in shared memory, which serves different addresses together.
 #
 # ### What bounds it
 #
@@ -716,7 +724,7 @@ figure
 # %% [markdown]
 # ### Neighbours read neighbours
 #
-# Why five versions, if all move the same bytes? A GPU runs threads in **warps** of 32 that read together. Memory answers in sectors of 32 bytes, whole or not at all. So it matters which bytes a warp asks for in *one* instruction. The picture shows four first instructions, a row a thread, and counts. The last panel is the first version of the quantising kernel, in which each thread looks for the maximum of its own 64 numbers.
+# Why five versions, if all move the same bytes? A GPU runs threads in **warps** of 32 that read together. Memory answers in sectors of 32 bytes, whole or not at all. So it matters which bytes a warp asks for in *one* instruction. The picture shows the first read of `packed` for three kernels: each row is a thread, dark the bytes that it wants, light the sectors that have to come. The titles count both. The last panel is the first version of the quantising kernel, in which each thread looks for the maximum of its own 64 numbers.
 
 # %% tags=["figure"]
 reads = {  # title -> where thread t reads, and how many bytes
@@ -757,7 +765,7 @@ lab.table([{"one read and the next are apart, numbers": step, "ms": 1e3 * taken,
 # %% [markdown]
 # A processor's memory answers in lines too, of 64 bytes on most, so you can feel the same here without a GPU: the table reads the same numbers in different orders. (It reads the order itself as well, always in a row; that share of the time stays.)
 #
-# In version 4 one instruction brings many times the bytes of version 1, and all of them are wanted. The pictures show reading only. Draw the *writes* of version 4 in the same way, 64 bytes a thread, and you see why version 5 beats it. What a version gains, only a GPU can tell.
+# In version 4 one instruction brings many times the bytes of version 1, and all of them are wanted. The pictures show reading only. For 16-bit results, draw one *store* in the same way: put `(lambda t: 64 * t, 16)` for version 4 and `(lambda t: 16 * t, 16)` for version 5 among the `reads`. Of the sectors that version 4 touches, one store fills half. What that costs, only a GPU can tell: see the tables from one above.
 #
 # ## Break it
 #
@@ -786,7 +794,7 @@ print("nothing is said against these at 128 numbers:", [fault for fault, says in
 assert NO_EMULATOR or [fault for fault, says in reports.items() if not says] == ["none"]
 
 # %% [markdown]
-# The sizes matter as much as the checks. At 100 numbers the last block is not full. At 128 it is, and the last line lists what then goes unnoticed. That is why a kernel is tried at 1, 63, 64 and 65, and not only at the sizes that a model has.
+# The sizes matter as much as the checks. At 100 numbers the last block is not full. At 128 it is, and the last line lists what then goes unnoticed (beside `none`, the kernel without a fault). That is why a kernel is tried at 1, 63, 64 and 65, and not only at the sizes that a model has.
 #
 # ## Exercise 6: find the bug · 10 minutes · medium
 #
@@ -831,7 +839,7 @@ check.block_scales_body(block_scales_body)
 # %% [markdown]
 # ## Better than fast: not at all
 #
-# Decoding to memory writes every number, only for the product to read it again. The compiled product never does that: it decodes into registers and multiplies there. For one row, the least traffic falls to codes and scales. So compare three ways to the same product of one row. And store the layer: its file holds what a kernel reads.
+# Decoding to memory writes every number, only for the product to read it again. For one row, and a few, the compiled product does without that: it decodes into registers and multiplies there. (For many rows it decodes to memory after all, on a processor a panel at a time: then each decoded number is used often enough.) For one row, the least traffic falls to little more than codes and scales. So compare three ways to the same product of one row. And store the layer: its file holds what a kernel reads.
 
 # %%
 x = torch.randn(1, side, dtype=dtype, device=device)

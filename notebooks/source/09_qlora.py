@@ -7,7 +7,7 @@
 # %% [markdown]
 # # 9 · QLoRA: LoRA beside a base in four bits
 #
-# **In one sentence:** keep the frozen weights in 4 bits, train a LoRA in full precision beside them, and a model whose weights alone would fill two 80 GB cards can be fine-tuned on one of 48 GB.
+# **In one sentence:** keep the frozen weights in 4 bits, train a LoRA in full precision beside them, and a model whose weights alone need two 80 GB cards in 16 bits can be fine-tuned on one of 48 GB.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{{repository}}/blob/main/notebooks/09_qlora.ipynb)
 #
@@ -61,7 +61,7 @@ predicted = {"65B with QLoRA, GB": None, "weights, 16 bits / QLoRA": None,
 #
 # A trained parameter costs more than its own bytes: a gradient, and two states of Adam. Full fine-tuning pays that for all parameters. LoRA pays it for few, and what is left is the frozen base, in 16 bits. QLoRA attacks that rest.
 #
-# `mp.memory_bill` writes the bill of one training step from a model's **configuration** alone. No weight is made: its tensors have a shape and no memory. The rows below are Llama models. Base and activations in bfloat16, the adapter, its gradients and Adam's states in float32; one row of 512 tokens; gradient checkpointing, as in the QLoRA paper (a block's activations are computed again in the backward pass instead of being kept).
+# `mp.memory_bill` writes the bill of one training step from a model's **configuration** alone. No weight is made: its tensors have a shape and no memory. The rows below are Llama models. Base and activations in bfloat16, the adapter, its gradients and Adam's states in float32 (in full fine-tuning, gradients and states have the weights' 16 bits); one row of 512 tokens; gradient checkpointing, as in the QLoRA paper (a block's activations are computed again in the backward pass instead of being kept).
 
 # %%
 from transformers import LlamaConfig
@@ -95,7 +95,7 @@ lab.bill_figure(shown, marks={f"{gb} GB": gb * 1e9 for gb in cards_gb})
 # How to read it:
 #
 # - **Full fine-tuning** is not in the figure: its bars would be several times as long as LoRA's.
-# - In the bars of LoRA almost everything is grey: the frozen weights. No method that leaves them in 16 bits can do much better.
+# - In the bars of LoRA nearly everything is grey: the frozen weights. A method that leaves them in 16 bits cannot do better than the grey part.
 # - **Fits** compares with the number printed on the card. A card gives a little more bytes than that, and CUDA and the gaps between tensors take a few hundred megabytes to a few gigabytes. Where the difference is small, do not count on it.
 # - Longer rows and larger batches come on top, and activations grow with both.
 #
@@ -169,7 +169,7 @@ check.qlora_bytes(qlora_bytes)
 # %% [markdown]
 # ### The frozen model, in full and in 4 bits
 #
-# Now a model that you can load. `mp.load_base(…, quantized=True)` reads one weight after the other and quantises each at once, so the full model never has to fit. The loss on a held-out wording says how far the model has moved by it. One honest note if you run the small embedded model: its weights had been through another 4-bit format before they were published, so you quantise for the second time.
+# Now a model that you can load. `mp.load_base(…, quantized=True)` reads one weight after the other and quantises each at once, so the full model never has to fit. The loss on a held-out wording says how much that changes the model. One honest note if you run the small embedded model: its weights had been through another 4-bit format before they were published, so you quantise for the second time.
 #
 # The task is that of chapter 5: cards of medicines, asked for in both directions. This is teaching data, not medical advice.
 
@@ -223,7 +223,7 @@ lab.table([{"frozen": name} | row for name, row in frozen.items()])
 # %% [markdown]
 # ## The idea
 #
-# Equation 5 of the QLoRA paper, in this course's symbols: the frozen product is computed with the weight that the codes stand for, and LoRA adds its own.
+# Equation 5 of the QLoRA paper, in this course's symbols: the frozen product is computed with the weight that the codes stand for, and LoRA adds its own. Here $s = \alpha / r$ is LoRA's factor, as in chapter 5. It has nothing to do with the scales of the blocks, which chapter 7 called $s$.
 #
 # $$y = x\,\tilde W^\top + s\,x A^\top B^\top \qquad \tilde W = \mathrm{dequantise}(\mathrm{codes}, \mathrm{scales})$$
 #
@@ -235,7 +235,7 @@ lab.table([{"frozen": name} | row for name, row in frozen.items()])
 # | $\tilde W$ | $(\mathrm{out}, \mathrm{in})$ | nowhere: made, used, dropped | no |
 # | $A$, $B$ | $(r, \mathrm{in})$, $(\mathrm{out}, r)$ | float32 | yes |
 #
-# The gradient goes the same two ways back. $\tilde W$ gets none, but the gradient **passes through it** to $x$, and so to all layers below. It is made a second time for that.
+# Write $\partial x$ for the gradient of the loss with respect to $x$, a tensor of $x$'s shape. The gradient goes the same two ways back. $\tilde W$ gets none, but the gradient **passes through it** to $x$, and so to all layers below. It is made a second time for that.
 
 # %% tags=["figure"]
 from minipeft.lab.plots import COLOURS, new_figure
@@ -530,7 +530,7 @@ print(f"QLoRA needs {saved:,.0f} MB less of LoRA's {costs['LoRA']['all, MB']:,.0
 # How to read it:
 #
 # - **Score.** One seed and a few cards: a small difference is no difference. Below you see how far seeds spread.
-# - **Memory.** What QLoRA saves is the frozen weights' bytes. A pass takes nearly the same for both. Compare its share here with the thin green end of the bars of 65 billion parameters: the larger the model, the more the weights decide.
+# - **Memory.** What QLoRA saves is the frozen weights' bytes. *One pass* is the most bytes of tensors alive at once in a forward and a backward pass, weights left out. Both keep the same activations; QLoRA also needs room for the weight that it has just dequantised. The last line has both. Compare the share of a pass here with the thin green part of the bars of 65 billion parameters: the larger the model, the more the weights decide.
 # - **Time.** To dequantise is extra work in every product, forward and backward. How much it matters depends on the machine, the kernel, and on how many tokens share one dequantised weight. A percentage in print belongs to somebody's card.
 #
 # ### Optimizers in 8 bits, and paged ones
@@ -565,7 +565,7 @@ lab.table(rows or [{"optimizer": "adamw", "where": "any device"}, {"optimizer": 
 #
 # ### Exercise 3: one alternation of LoftQ · 15 minutes · hard
 #
-# You get $W$, the present $A$ and $B$, the scale $s$, and `quantise`, which rounds a tensor to 4 bits and gives it back as numbers.
+# You get $W$, the present $A$ and $B$, the factor $s$, and `quantise`, which rounds a tensor to 4 bits and gives it back as numbers. Only the product $s\,BA$ is checked: how you share it out between $A$ and $B$ is yours.
 
 # %%
 def loftq_step(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, s: float, quantise) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -614,7 +614,7 @@ lab.table([{"weight": kind, "‖W - Q‖ / ‖W‖, plain": v[0], "after 1": v[1
 # %% [markdown]
 # It falls at each iteration, and at no later one as far as at the first. But more than half of the error is left: it is spread over all directions like noise, and a rank of 16 holds few of them. Is it worth anything to training?
 #
-# Three starts, equal steps, equal rows: LoRA on the full base, plain QLoRA, QLoRA started by LoftQ with one iteration. With one, the base is exactly that of plain QLoRA, so only $A$ and $B$ differ. Each with two orders of the rows; plain starts also draw $A$ anew.
+# Three starts, equal steps, equal rows: LoRA on the full base, plain QLoRA, QLoRA started by LoftQ with one iteration. With one, the base is exactly that of plain QLoRA, so only $A$ and $B$ differ. Each start runs with a few seeds (in the smoke profile with one). A seed is an order of the rows; plain starts also draw $A$ anew.
 
 # %%
 where = replace(lora, targets=mp.pick(smoke=("k_proj",), cpu="all-linear", gpu="all-linear"))
@@ -652,16 +652,17 @@ mean = {name: statistics.mean(one["after"] for one in seeds) for name, seeds in 
 spread = max(max(one["after"] for one in seeds) - min(one["after"] for one in seeds) for seeds in starts.values())
 better = mean["QLoRA, plain"] - mean["QLoRA, LoftQ"]
 print(f"held-out loss after {short.steps} steps: LoftQ's start is {abs(better):.3f} {'better' if better > 0 else 'worse'} than the plain one; seeds spread by up to {spread:.3f}")
-print("that is " + ("more" if abs(better) > spread else "not more") + " than the seeds' spread")
+print("with one seed there is no spread to compare that with" if len(starts["QLoRA, plain"]) == 1
+      else "that is " + ("more" if abs(better) > spread else "not more") + " than the seeds' spread")
 lab.table([{"start": name, "loss before": statistics.mean(o["before"] for o in seeds), f"after {short.steps} steps": mean[name],
             "lowest": min(o["after"] for o in seeds), "highest": max(o["after"] for o in seeds)} for name, seeds in starts.items()])
 
 # %% [markdown]
-# How to read it: *loss before* is what LoftQ promises, a start nearer to the full model. Compare its gain with the distance between the first two rows, which is all that quantisation costs here. *After* is what you get. Read the line above the table: it says whether the difference is larger than the seeds'. The papers' large gains are at 2 and 3 bits, where much more is lost.
+# How to read it: *loss before* is what LoftQ promises, a start nearer to the full model. Compare its gain with the distance between the first two rows, which is all that quantisation costs here. *After* is what you get. Read the line above the table: it says whether the difference is larger than the seeds'. The paper's largest gains are at 2 bits, where much more is lost.
 #
 # ## Exercise 4: find the bug · 10 minutes · medium
 #
-# Before training a quantised model, published code calls a function that makes it ready. Norms are better computed in float32, so it casts parameters. People then reported that QLoRA took *more* memory than before ([peft #1149](https://github.com/huggingface/peft/issues/1149), [bitsandbytes #1569](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1569)). The cell shows it in short, and counts what it does to Llama-3-8B. Why? Write `prepare` so that parameters of **one dimension** become float32, and nothing else does.
+# Before training a quantised model, published code calls a function that makes it ready. Norms are better computed in float32, so it casts parameters. People then reported that memory ran out at the cast ([peft #1149](https://github.com/huggingface/peft/issues/1149)), and that QLoRA took *more* than LoRA in 16 bits ([bitsandbytes #1569](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1569)). The cell shows it in short, and counts what it does to Llama-3-8B. Why? Write `prepare` so that parameters of **one dimension** become float32, and nothing else does.
 
 # %%
 def prepare_as_published(model):
@@ -774,7 +775,7 @@ for kind, colour in (("q_proj", "blue"), ("v_proj", "sky"), ("o_proj", "green"),
     if at:
         ax.scatter([100 * sizes_of_update[p] for p in at], [lost[p] for p in at], s=22, color=COLOURS[colour], label=kind)
 ax.axhline(1, color=COLOURS["black"], linestyle="--", linewidth=1.2)
-ax.set(xlabel=r"size of the update, percent of $\|\tilde W\|$", ylabel="rounding / update", xlim=(0, None), ylim=(0, 1.15 * max(1, *lost.values())))
+ax.set(xlabel=r"size of the update, percent of $\|\tilde W\|$", ylabel="size of the rounding error / of the update", xlim=(0, None), ylim=(0, 1.15 * max(1, *lost.values())))
 ax.text(0.02, 1, "as if the update had been dropped", transform=ax.get_yaxis_transform(), va="bottom", fontsize=9)
 ax.legend(fontsize=9, ncols=2)
 untrained, left = frozen["linears in NF4"]["held-out loss"], [ways_out[w]["held-out loss"] for w in ("merged, in 4 bits again", "beside the 4-bit base")]
@@ -783,7 +784,7 @@ print(f"rounding moved the weights by {mean_lost:.0%} of what the adapter had mo
 figure
 
 # %% [markdown]
-# A point on the line: the rounded weight is as far from the merged one as if you had thrown the update away. Above it, even farther. The reason: the base's weights lie exactly on levels. An entry of the update that is smaller than half the distance to the next level falls back to where it was. Only larger ones survive, rounded. So a gentle fine-tune can vanish almost whole. What that means for the model only the losses can tell: the first line above the figure says how much of the gain of training is left.
+# Each point is a linear layer of one of the kinds named. A point on the line: the rounded weight is as far from the merged one as if you had thrown the update away. Above it, even farther. The reason: the base's weights lie exactly on levels. An entry of the update that is smaller than half the distance to the next level falls back to where it was. Only larger ones survive, rounded. And where the update moves the largest weight of a block, the block gets a new scale: all its levels move, and all its weights are rounded anew. So a gentle fine-tune can vanish almost whole. What that means for the model only the losses can tell: the first line above the figure says how much of the gain of training is left.
 #
 # Now the file. It holds $A$ and $B$ only, so it is the same size as LoRA's. Whoever loads it must load the same base **and quantise it the same way**.
 
@@ -878,7 +879,7 @@ lab.quiz([
 # ## Further reading
 #
 # - Dettmers et al. 2023, [QLoRA](https://arxiv.org/abs/2305.14314): section 3 (the method), section 4 (which parts matter), appendix G (memory)
-# - Li et al. 2023, [LoftQ](https://arxiv.org/abs/2310.08659): sections 3 and 4.3 (2 bits)
+# - Li et al. 2023, [LoftQ](https://arxiv.org/abs/2310.08659): section 3 (the method), section 4 (down to 2 bits)
 # - Dettmers et al. 2021, [8-bit Optimizers](https://arxiv.org/abs/2110.02861)
 # - Guo et al. 2023, [LQ-LoRA](https://arxiv.org/abs/2311.12023): the same decomposition with a mixed number of bits
 # - Xu et al. 2023, [QA-LoRA](https://arxiv.org/abs/2309.14717): adapters that can be merged into 4 bits without rounding again
