@@ -26,6 +26,7 @@ _WHERE = {
     "methods.adapters": ("BottleneckAdapter", "average_adapters"),
     "quant.linear4bit": ("quantize", "Linear4bit"),
     "quant.loftq": ("quantize_loftq",),
+    "arithmetic": ("combine", "reduce_rank"),
     "base": ("load_base",),
     "data": ("load_data", "score_cards"),
     "training": ("fit", "evaluate", "FitConfig"),

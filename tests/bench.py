@@ -425,7 +425,7 @@ def take_turns(what: str, steps: int, repeats: int) -> dict[str, list[dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of the fine-tune")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of the fine-tune")
     parser.add_argument("--only", default=",".join(SIDES), help="what to measure, with commas between")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
