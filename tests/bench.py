@@ -413,7 +413,7 @@ def take_turns(what: str, steps: int, repeats: int) -> dict[str, list[dict]]:
         for side in SIDES[what]:
             results[side].append(measure(f"steps_memory:{what},{side}", steps, 0))
     else:
-        found = measure(f"{what}_turns", (5 if what == "generate" else 9) * repeats, 0)
+        found = measure(f"{what}_turns", (2 if what == "generate" else 9) * repeats, 0)
     for figure, sides in (found if isinstance(next(iter(next(iter(found.values())))), str) else {"seconds": found}).items():
         for side in SIDES[what]:
             kinds = [taken for kind, taken in sides.items() if kind == side or side == "bnb" and kind.startswith("bnb ")]

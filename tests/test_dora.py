@@ -213,3 +213,19 @@ def equals_peft(family, method, keys, folder):
     back = FAMILIES[family]().double()
     mp.load_adapter(back, folder / "theirs")
     assert distance(logits_of(back, family), expected.detach()) < 1e-9
+
+
+def test_the_norm_is_made_again_when_a_or_b_has_changed_and_only_then():
+    piece = piece_on(nn.Linear(5, 6), rank=2)
+
+    def exact():
+        return torch.linalg.vector_norm(piece.module[0].weight.to(piece.A.dtype) + piece.delta(), dim=1)
+
+    first = piece.norm()
+    assert piece.norm() is first and torch.allclose(first, exact())
+    for p in (piece.A, piece.B):
+        p.data.mul_(1.5)                                    # not counted in p._version
+        assert piece.norm() is not first and torch.allclose(piece.norm(), exact())
+        first = piece.norm()
+    piece.m.data.mul_(2)
+    assert piece.norm() is first and torch.allclose(first, exact())

@@ -11,11 +11,13 @@ is (in, out). With c = m / ‖V‖, and b the frozen bias, which is not scaled:
 
     y' = c V x + b = c (y + s B A x) + (1 - c) b,    y = W x + b
 
-V is never built. ‖V‖² = ‖W‖² + 2 s Σ_r B ∘ (W Aᵀ) + s² Σ_r B ∘ (B A Aᵀ) needs one thin product, W Aᵀ (out, r).
+V is never built. ‖V‖² = ‖W‖² + 2 s Σ_r B ∘ (W Aᵀ) + s² Σ_r B ∘ (B A Aᵀ) needs one thin product, W Aᵀ (out, r). It
+reads all of W, so ‖V‖ is kept, with the A and B that it was made of, until one of the three has changed.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,8 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import anatomy
+from ..quant.nf4 import has_values
 from ..sockets import trainable_like
 from .lora import AddLowRank, LoRA, LowRank
+
+ONE = threading.Lock()                           # passes side by side: the first makes the norm, the others take it
 
 
 @dataclass(frozen=True)
@@ -51,23 +56,32 @@ class Decomposed(LowRank):
         super().__init__(dora, *anatomy.linear_shape(module), anatomy.weight_of(module), **trainable_like(module))
         self.module = (module,)                  # in a tuple: the base's, not a part of this piece
         self.W_squared = None                    # (of which weight, ‖W‖² (out,))
-        self.m = nn.Parameter(self.norm())
+        self.kept = None                         # (of which weight, of which A and B, ‖V‖ (out,))
+        self.m = nn.Parameter(self.norm().clone())
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """‖W + s B A‖ by row, (out,), without gradient and at least in float32."""
-        A, B, s, module = *self.factors(), self.scale, self.module[0]
-        with torch.autocast(A.device.type, enabled=False):
-            W = anatomy.weight_of(module).to(A.dtype)            # (out, in); no copy of a float32 base
-            stored = getattr(module, "stored", None)             # of a 4-bit linear, its codes
-            stored = module.weight if stored is None else stored
-            which = (stored._version, stored.untyped_storage()._cdata, A.dtype)
-            if self.W_squared is None or self.W_squared[0] != which:  # the base has changed: merged, moved, loaded
-                self.W_squared = which, torch.linalg.vector_norm(W, dim=1).square()
-            cross = (B.T * (A @ W.T)).sum(0)                     # (out,)
-            square = (B @ (A @ A.T) * B).sum(1)                  # (out,)
-            squared = self.W_squared[1] + 2 * s * cross + s * s * square
-            return squared.clamp_min(torch.finfo(A.dtype).tiny).sqrt()  # a row of zeros has no direction
+        """‖W + s B A‖ by row, (out,), without gradient and at least in float32. It may be kept: do not write to it."""
+        (A, B), module = self.factors(), self.module[0]
+        stored = getattr(module, "stored", None)                 # of a 4-bit linear, its codes
+        stored = module.weight if stored is None else stored
+        which = (stored._version, stored.untyped_storage()._cdata, A.dtype, A.device)
+        with ONE, torch.autocast(A.device.type, enabled=False):
+            if not has_values(A):
+                return self._norm(A, B, which)
+            # By value, not by version: some optimizers write past autograd's count of versions.
+            if self.kept is None or self.kept[0] != which or not (torch.equal(self.kept[1], A) and torch.equal(self.kept[2], B)):
+                self.kept = which, A.clone(), B.clone(), self._norm(A, B, which)
+            return self.kept[3]
+
+    def _norm(self, A: Tensor, B: Tensor, which: tuple) -> Tensor:
+        s, W = self.scale, anatomy.weight_of(self.module[0]).to(A.dtype)  # (out, in); no copy of a float32 base
+        if self.W_squared is None or self.W_squared[0] != which:  # the base has changed: merged, moved, loaded
+            self.W_squared = which, torch.linalg.vector_norm(W, dim=1).square()
+        cross = (B.T * (A @ W.T)).sum(0)                         # (out,)
+        square = (B @ (A @ A.T) * B).sum(1)                      # (out,)
+        squared = self.W_squared[1] + 2 * s * cross + s * s * square
+        return squared.clamp_min(torch.finfo(A.dtype).tiny).sqrt()  # a row of zeros has no direction
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         c = self.m / self.norm()                                 # (out,)
