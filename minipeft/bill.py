@@ -224,7 +224,8 @@ def memory_bill(
                      count. A config alone is taken for a language model, and for a classifier where
                      it is an encoder's
     method           a method's settings, such as mp.LoRA(); None or "full" for full fine-tuning
-    batch, seq       examples and tokens in one pass (mp.fit cuts a batch into passes of `max_tokens`)
+    batch, seq       examples and tokens read in one pass (mp.fit cuts a batch into passes of `max_tokens`;
+                     the last token of an answer is predicted and not read)
     optimizer        "sgd", "momentum", "adam", "adamw", "adamw8bit", "paged_adamw8bit"; its update is taken
                      to be fused, as in mp.fit, so that it makes no temporary copies
     dtype            of the base and its activations: "float32", "bfloat16", "float16", "float64".

@@ -8,11 +8,12 @@ kind the loss is the mean cross-entropy over the completion's tokens and the end
     loss = -1/N Σ_n log p(token_n | tokens before it),    N = the batch's completion tokens
 
 Three things make it light. (1) The output head runs only where the next token is a target, so the
-prompt never becomes vocabulary-sized logits. (2) A batch is sorted by length and cut into passes of
-at most `max_tokens` tokens, whose gradients add up to the batch's; memory follows the pass, not the
-batch, and little is padding. (3) A decoder is padded on the right, where causal attention never
-looks, so it needs no attention mask. On a CPU passes run side by side, one core each, which is
-faster than all cores in each matrix product of one pass.
+prompt never becomes vocabulary-sized logits; the last token, which nothing follows, is not read.
+(2) A batch is sorted by length and cut into passes of at most `max_tokens` tokens, whose gradients
+add up to the batch's; memory follows the pass, not the batch, and little is padding. (3) A decoder
+is padded on the right, where causal attention never looks, so it needs no attention mask. On a CPU
+passes run side by side, one core each, which is faster than all cores in each matrix product of one
+pass.
 
 Every random number is a function of (seed, step), so a run that was killed goes on from its last
 checkpoint and ends, on a CPU, with the same weights to the bit.
@@ -292,9 +293,9 @@ def loss_of(model: nn.Module, rows: list[Row], pad: int) -> tuple[Tensor, Tensor
         starts = torch.tensor([r.start for r in rows], device=device)
         target = real & (torch.arange(ids.shape[1], device=device) >= starts[:, None])
         targets = ids[target]                                    # (N,)
-        before = F.pad(target[:, 1:], (0, 1))                    # the position that predicts it
+        before = target[:, 1:]                                   # (B, T-1), the position that predicts it
         with sockets.only_at(head, before):
-            logits = model(input_ids=ids, use_cache=False).logits  # (N, V)
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # (N, V)
     loss = CrossEntropy.apply(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
     right = None if torch.is_grad_enabled() else (logits.argmax(-1) == targets).sum()
     return loss, right, len(targets)

@@ -1,6 +1,6 @@
 """Measured beside Hugging Face PEFT and bitsandbytes, in one run: `make bench`.
 
-    python tests/bench.py [--repeats 3] [--steps 8] [--only finetune,dora]
+    python tests/bench.py [--repeats 3] [--steps 4] [--only finetune,dora]
 
 Every figure is a ratio, ours / theirs, of medians over repeats that take turns, so that what else the
 machine does falls on both alike: whole runs (import, attach, finetune) each in a process of its own;
@@ -403,7 +403,7 @@ def take_turns(what: str, steps: int, repeats: int) -> dict[str, list[dict]]:
     from tqdm import tqdm
     results = {side: [] for side in SIDES[what]}
     if what in WHOLE:
-        for repeat in tqdm(range(repeats), desc=what, unit="turn"):
+        for repeat in tqdm(range(repeats + repeats % 2), desc=what, unit="turn"):      # each side first equally often
             for side in SIDES[what] if repeat % 2 == 0 else SIDES[what][::-1]:
                 results[side].append(measure(f"{what}_{side}", steps, repeat))
         return results

@@ -172,10 +172,11 @@ def test_8_bit_states_are_those_of_bitsandbytes():
 
 
 def rows_for(model, batch, seq, targets):
-    """What mp.fit would train on: a classifier's first row is one token shorter than the others."""
+    """What mp.fit would train on: a classifier's first row is one token shorter than the others; a decoder does
+    not read the last token of a row, only predicts it."""
     if hasattr(model, "classifier"):
         return [Row([5] * (seq - (i == 0)), label=1) for i in range(batch)]
-    return [Row([5] * seq, start=seq - targets) for _ in range(batch)]
+    return [Row([5] * (seq + 1), start=seq + 1 - targets) for _ in range(batch)]
 
 
 def measured(model, batch, seq, targets, autocast=False):
@@ -315,7 +316,7 @@ optimizer = torch.optim.AdamW(weights.values(), fused=True)
 model(torch.ones(1, 2, dtype=torch.long))                     # what the libraries load on first use
 before = status("VmRSS")
 for _ in range(2):
-    loss_of(model, [Row([5] * 64, start=48) for _ in range(8)], 0)[0].backward()
+    loss_of(model, [Row([5] * 65, start=49) for _ in range(8)], 0)[0].backward()
     optimizer.step()
     optimizer.zero_grad()
 print(status("VmHWM") - before)
