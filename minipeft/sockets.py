@@ -167,9 +167,9 @@ def plug(model: nn.Module, adapter: Adapter) -> None:
         ]
     for socket, path in adapter.sites:
         if socket == "module":
-            if path not in home.plugs:
-                home.plugs[path] = ModulePlug(home, path, model.get_submodule(path))
-            home.plugs[path].pieces[name] = pieces[path]
+            here = home.plugs.setdefault(path, ModulePlug(home, path))
+            here.pieces[name] = pieces[path]
+            here.settle(model)
         elif socket == "key/value":
             _plug_attention(home, name, model, path, pieces[path])
         elif home.prompts is None:
@@ -185,11 +185,10 @@ def detach(model: nn.Module, name: str = "default") -> None:
         unmerge(model, name)
     for socket, path in adapter.sites:
         if socket == "module":
-            plug = home.plugs[path]
-            del plug.pieces[name]
-            if not plug.pieces:
-                for handle in plug.handles:
-                    handle.remove()
+            here = home.plugs[path]
+            del here.pieces[name]
+            here.settle(model)
+            if not here.pieces:
                 del home.plugs[path]
         elif socket == "key/value":
             _unplug_attention(home, name, model.get_submodule(path))
@@ -441,6 +440,8 @@ def _refold(model, home: Adapters, adapter: Adapter, merged: tuple[str, ...],
         else:
             home.originals.pop(key, None)
     home.merged = merged
+    for path in adapter.pieces():
+        home.plugs[path].settle(model)
     return lost
 
 
@@ -454,10 +455,20 @@ class ModulePlug:
     Pieces that have a `before` also change what goes into the module: x' = piece.before(x).
     """
 
-    def __init__(self, home: Adapters, path: str, module: nn.Module):
-        self.home, self.path, self.pieces = home, path, {}
-        self.handles = [module.register_forward_pre_hook(self.before),
-                        module.register_forward_hook(self, with_kwargs=True)]
+    def __init__(self, home: Adapters, path: str):
+        self.home, self.path, self.pieces, self.handles = home, path, {}, []
+
+    def settle(self, model: nn.Module) -> None:
+        """Hook the module while a piece here is not folded into its weight: a merged model is not slowed down."""
+        wanted = any(n not in self.home.merged or isinstance(p, OwnHead) for n, p in self.pieces.items())
+        if wanted and not self.handles:
+            module = model.get_submodule(self.path)
+            self.handles = [module.register_forward_pre_hook(self.before),
+                            module.register_forward_hook(self, with_kwargs=True)]
+        elif not wanted:
+            for handle in self.handles:
+                handle.remove()
+            self.handles = []
 
     def names(self) -> list[str]:
         return [n for n in self.home.active if n in self.pieces
