@@ -125,6 +125,23 @@ def test_the_layer_runs_on_the_meta_device_and_is_filled_from_a_state_dict():
         assert bytes_of(shape.to_empty(device="meta").to_empty(device="cpu").state_dict()) is not None
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_whichever_tensor_of_the_codes_is_replaced_the_layer_computes_with_the_new_one(double_quant):
+    torch.manual_seed(0)
+    x, mine, other = torch.randn(3, 256), *(nn.Linear(256, 40) for _ in range(2))
+    four, new = (mp.Linear4bit.of(linear, double_quant=double_quant) for linear in (mine, other))
+    four(x)
+    for name, tensor in new.named_buffers():
+        setattr(four, name, tensor)
+        assert torch.equal(four(x), torch.nn.functional.linear(x, nf4.dequantize(four.q), four.bias)), name
+        assert any(getattr(part, field, None) is tensor for part in (four.q, four.q.scales)
+                   for field in ("packed", "scales", "codes", "absmax", "offset")), name
+    four.bias = new.bias
+    assert torch.equal(four(x), new(x))
+    four.double()
+    assert four.q.dtype == torch.float64
+
+
 def test_the_layer_compiles_whole():
     four, x = Linear4bit.of(nn.Linear(70, 33)), torch.randn(4, 70, requires_grad=True)
     compiled = torch.compile(four, fullgraph=True, backend="aot_eager")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +51,12 @@ class Linear4bit(nn.Module):
             self.register_buffer("offset", torch.zeros((), **float32))
         else:
             self.register_buffer("absmax", torch.zeros(scales, **float32))
-            self.nested_absmax = self.offset = None
+            self.register_buffer("nested_absmax", None)
+            self.register_buffer("offset", None)
         self.register_buffer("merged", None)                     # W in full precision, while an adapter is in it
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.dtype),
-                                 requires_grad=False) if bias else None
+        self._seen = None                                        # `q`, and the tensors that it is made of
+        self.register_parameter("bias", nn.Parameter(
+            torch.zeros(out_features, device=device, dtype=self.dtype), requires_grad=False) if bias else None)
 
     @classmethod
     def of(cls, linear: nn.Module, block_size: int = 64, double_quant: bool = True) -> Linear4bit:
@@ -71,13 +74,19 @@ class Linear4bit(nn.Module):
 
     @property
     def q(self) -> Quantized:
-        """Codes and scales."""
-        scales = self.absmax if self.offset is None else QuantizedScales(self.absmax, self.nested_absmax, self.offset)
-        return Quantized(self.packed, scales, (self.out_features, self.in_features), self.dtype, self.block_size)
+        """Codes and scales. Kept until one of the tensors is replaced: a token of an answer asks in every layer."""
+        own = self._buffers
+        parts = (own["packed"], own["absmax"], own["nested_absmax"], own["offset"], self.dtype)
+        if self._seen is None or not all(map(operator.is_, parts, self._seen[0])):
+            packed, absmax, nested, offset, dtype = parts
+            scales = absmax if offset is None else QuantizedScales(absmax, nested, offset)
+            self._seen = parts, Quantized(packed, scales, (self.out_features, self.in_features), dtype, self.block_size)
+        return self._seen[1]
 
     def store(self, q: Quantized | Tensor) -> None:
         """Put other codes and scales in the place of these; or W itself beside them, which then counts."""
         self.merged = q if isinstance(q, Tensor) else None
+        self._seen = None
         if self.merged is not None:
             return
         self.packed = q.packed
@@ -108,14 +117,17 @@ class Linear4bit(nn.Module):
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        if self.merged is not None:
-            return F.linear(x, self.merged.to(x.dtype), bias)
+        bias, merged = self._parameters["bias"], self._buffers["merged"]   # in a quarter of the time of self.bias
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        if merged is not None:
+            return F.linear(x, merged.to(x.dtype), bias)
         return matmul(x, self.q, bias)
 
     def _apply(self, fn, recurse=True):
         """What `.to`, `.half`, `.cuda` … do to every tensor; the scales change device, not dtype."""
         scales = [self.absmax, self.nested_absmax, self.offset]
+        self._seen = None
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
 
         def moved(t):
