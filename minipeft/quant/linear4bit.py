@@ -76,11 +76,11 @@ class Linear4bit(nn.Module):
     def q(self) -> Quantized:
         """Codes and scales. Kept until one of the tensors is replaced: a token of an answer asks in every layer."""
         own = self._buffers
-        parts = (own["packed"], own["absmax"], own["nested_absmax"], own["offset"], self.dtype)
+        parts = (own["packed"], own["absmax"], own["nested_absmax"], own["offset"])
         if self._seen is None or not all(map(operator.is_, parts, self._seen[0])):
-            packed, absmax, nested, offset, dtype = parts
+            packed, absmax, nested, offset = parts
             scales = absmax if offset is None else QuantizedScales(absmax, nested, offset)
-            self._seen = parts, Quantized(packed, scales, (self.out_features, self.in_features), dtype, self.block_size)
+            self._seen = parts, Quantized(packed, scales, (self.out_features, self.in_features), self.dtype, self.block_size)
         return self._seen[1]
 
     def store(self, q: Quantized | Tensor) -> None:
