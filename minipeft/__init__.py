@@ -31,6 +31,7 @@ _WHERE = {
     "data": ("load_data", "score_cards"),
     "training": ("fit", "evaluate", "FitConfig"),
     "generation": ("generate",),
+    "serve": ("Serve",),
     "checkpoint": ("save_adapter", "load_adapter"),
     "bill": ("parameter_report", "memory_bill"),
     "profiles": ("profile", "pick"),

@@ -435,17 +435,22 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     for merged in getattr(getattr(model, sockets.HOME, None), "merged", ()):
         raise ValueError(f"adapter {merged!r} is merged into the base; unmerge it first")
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r}; accepted is a local folder with {CONFIG} and {TENSORS} "
-                                "(huggingface_hub.snapshot_download fetches one from the Hub)")
-    config_file, tensors_file = _inside(folder, CONFIG), _inside(folder, TENSORS)
+    files = files_in(folder)
     try:
-        adapter = _read(model, config_file, tensors_file, name)
+        adapter = read(model, *files, name)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     sockets.plug(model, adapter)
     sockets.activate(model, name)
     return adapter
+
+
+def files_in(folder: Path) -> tuple[Path, Path]:
+    """A checkpoint's settings and its tensors. `FileNotFoundError` if there is none, `ValueError` if it leads elsewhere."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}; accepted is a local folder with {CONFIG} and {TENSORS} "
+                                "(huggingface_hub.snapshot_download fetches one from the Hub)")
+    return _inside(folder, CONFIG), _inside(folder, TENSORS)
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -463,7 +468,7 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _read(model: nn.Module, config_file: Path, tensors_file: Path, name: str) -> Adapter:
+def read(model: nn.Module, config_file: Path, tensors_file: Path, name: str) -> Adapter:
     """The checkpoint as an adapter that is not plugged in yet."""
     raw = config_file.read_bytes()
     with _opened(tensors_file) as file:

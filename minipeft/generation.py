@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from . import sockets
+from . import serve, sockets
 
 
 @torch.no_grad()
@@ -15,30 +16,41 @@ def generate(model: nn.Module, tokenizer, prompts: Sequence[str], adapters: Sequ
              max_new_tokens: int = 64, *, batch_size: int = 64, progress: bool = False, **options) -> list[str]:
     """The model's continuation of each prompt, as text, greedy unless `options` say otherwise.
 
-    adapters  one name per prompt, None in it for the bare base; without it, what is active acts on
-              all. Rows with the same adapter are computed together.
+    adapters  one name per prompt, of an adapter that is attached or on the model's shelf (`mp.Serve`), None in it
+              for the bare base; without it, what is active acts on all. Rows with LoRA, (IA)³, soft prompts or
+              nothing are computed together, and several threads may ask for such at once. Other methods are
+              activated one after the other, for the whole model.
     options   go to transformers' `generate` (do_sample, temperature, num_beams, …).
     """
     if isinstance(prompts, str):
         raise TypeError("prompts is one string; accepted is a list of strings")
     prompts = list(prompts)
     if adapters is None:
-        return _generate(model, tokenizer, prompts, max_new_tokens, batch_size, progress, options)
+        return _generate(model, tokenizer, prompts, None, max_new_tokens, batch_size, progress, options)
     adapters = list(adapters)
     if len(adapters) != len(prompts):
         raise ValueError(f"adapters names {len(adapters)} rows, prompts has {len(prompts)}; one per prompt is needed")
+    found = serve.find(model, adapters)                          # row -> adapter, as it is at this moment
     answers: list[str] = [""] * len(prompts)
-    for name in dict.fromkeys(adapters):
-        rows = [i for i, n in enumerate(adapters) if n == name]
-        with sockets.active(model, name):
-            made = _generate(model, tokenizer, [prompts[i] for i in rows], max_new_tokens, batch_size, progress, options)
+
+    def answer(rows, together):
+        made = _generate(model, tokenizer, [prompts[i] for i in rows], together, max_new_tokens, batch_size, progress, options)
         for i, text in zip(rows, made, strict=True):
             answers[i] = text
+
+    if found:
+        answer(list(found), list(found.values()))
+    for name in dict.fromkeys(n for i, n in enumerate(adapters) if i not in found):
+        with sockets.active(model, name):
+            answer([i for i, n in enumerate(adapters) if n == name and i not in found], None)
     return answers
 
 
-def _generate(model, tokenizer, prompts, max_new_tokens, batch_size, progress, options) -> list[str]:
-    """Rows of similar length go together, padded on the left; the order of the prompts is kept."""
+def _generate(model, tokenizer, prompts, adapters, max_new_tokens, batch_size, progress, options) -> list[str]:
+    """Rows of similar length go together, padded on the left; the order of the prompts is kept.
+
+    adapters  one `Adapter` or None per prompt; without it, what is active acts on all
+    """
     from tqdm.auto import tqdm
 
     device = next(model.parameters()).device
@@ -50,7 +62,8 @@ def _generate(model, tokenizer, prompts, max_new_tokens, batch_size, progress, o
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(ids)
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     options = {"do_sample": False, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id} | options
     try:
         with tqdm(total=len(ids), desc="generate", unit="answer", disable=not progress) as bar:
@@ -59,11 +72,16 @@ def _generate(model, tokenizer, prompts, max_new_tokens, batch_size, progress, o
                 longest = max(len(ids[i]) for i in chunk)
                 batch = torch.tensor([[pad] * (longest - len(ids[i])) + ids[i] for i in chunk], device=device)
                 seen = torch.tensor([[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in chunk], device=device)
-                out = model.generate(input_ids=batch, attention_mask=seen, max_new_tokens=max_new_tokens, **options)
-                new = out if model.config.is_encoder_decoder else out[:, longest:]
+                rows = None if adapters is None else serve.Rows(model, [adapters[i] for i in chunk])
+                with sockets.instead(model, rows) if rows else contextlib.nullcontext():
+                    inputs = rows.inputs(batch, seen) if rows else {"input_ids": batch, "attention_mask": seen}
+                    out = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+                # of embeddings transformers gives back only what is new
+                new = out if model.config.is_encoder_decoder or "inputs_embeds" in inputs else out[:, longest:]
                 for i, text in zip(chunk, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                     answers[i] = text
                 bar.update(len(chunk))
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
     return answers

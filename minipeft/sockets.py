@@ -25,7 +25,7 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain
 
@@ -50,6 +50,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.name, self.method = name, method
         self.sites = [(socket, path) for socket, path, _ in sites]
+        self.by_path = {path: piece for _, path, piece in sites}
         self.has_run: set[str] = set()
         for _, path, piece in sites:
             *parents, leaf = path.split(".")
@@ -62,7 +63,7 @@ class Adapter(nn.Module):
 
     def pieces(self) -> dict[str, nn.Module]:
         """The pieces by the path of the base's module that each is plugged into."""
-        return {path: self.get_submodule(path) for _, path in self.sites}
+        return dict(self.by_path)
 
     def idle(self) -> list[str]:
         """Paths of the pieces that have never run since they were plugged in."""
@@ -79,6 +80,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
+        self.instead: dict[int, Mapping[str, nn.Module]] = {}  # thread -> what acts there instead, see `instead`
         self.originals: dict[str, Tensor] = {}  # weights and biases as they were before a merge
         self.trained_before = {n: p.requires_grad for n, p in model.named_parameters()}
         self.plugs: dict[str, ModulePlug] = {}
@@ -110,7 +112,9 @@ class Adapters(nn.Module):
         return e
 
     def live(self) -> tuple[str, ...]:
-        """The adapters that act on a forward pass: active, and not folded into the weights."""
+        """The adapters that act on a forward pass of this thread: active, and not folded into the weights."""
+        if threading.get_ident() in self.instead:
+            return ()
         return tuple(n for n in self.active if n not in self.merged)
 
 
@@ -233,6 +237,32 @@ def active(model: nn.Module, names) -> Iterator[nn.Module]:
             activate(model, before)
 
 
+@contextlib.contextmanager
+def instead(model: nn.Module, pieces: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """Within it, and in this thread alone, these pieces act in the module sockets instead of what is active.
+
+    pieces  path -> piece, asked at each call with `get`. Nothing is plugged in for it: a piece acts at a path
+            at which some attached adapter has one
+
+    Forward passes in other threads go on with what acts there.
+    """
+    home = getattr(model, HOME, None)
+    if home is None:
+        yield model
+        return
+    for name in merged_names(model):
+        raise ValueError(f"adapter {name!r} is merged into the base; unmerge it first")
+    thread = threading.get_ident()
+    before = home.instead.get(thread)
+    home.instead[thread] = pieces
+    try:
+        yield model
+    finally:
+        del home.instead[thread]
+        if before is not None:
+            home.instead[thread] = before
+
+
 def merge(model: nn.Module, name: str = "default", *, requantize: bool = False) -> dict[str, float]:
     """Fold an adapter into the base: W <- piece.merged(W), b <- piece.merged_bias(b). No piece runs afterwards.
 
@@ -319,6 +349,16 @@ def folded_adapter(adapter: Adapter) -> Adapter:
     return Adapter(adapter.name, adapter.method.folded(),
                    [(socket, path, piece.folded() if hasattr(piece, "folded") else piece)
                     for socket, path, piece in sites])
+
+
+def active_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that are active, in order."""
+    return tuple(getattr(model, HOME).active) if hasattr(model, HOME) else ()
+
+
+def merged_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that are merged into the base, in order."""
+    return tuple(getattr(model, HOME).merged) if hasattr(model, HOME) else ()
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -470,27 +510,33 @@ class ModulePlug:
                 handle.remove()
             self.handles = []
 
-    def names(self) -> list[str]:
-        return [n for n in self.home.active if n in self.pieces
+    def acting(self) -> list[tuple[str | None, nn.Module]]:
+        """The pieces that act in this thread, in order, each with the name of its adapter."""
+        instead = self.home.instead.get(threading.get_ident())
+        if instead is not None:
+            piece = instead.get(self.path)
+            return [] if piece is None else [(None, piece)]
+        return [(n, self.pieces[n]) for n in self.home.active if n in self.pieces
                 and (n not in self.home.merged or isinstance(self.pieces[n], OwnHead))]
 
     def before(self, module, args):
-        for n in self.names():
-            if hasattr(self.pieces[n], "before"):
-                args = (self.pieces[n].before(args[0]), *args[1:])
+        for _, piece in self.acting():
+            if hasattr(piece, "before"):
+                args = (piece.before(args[0]), *args[1:])
         return args
 
     def __call__(self, module, args, kwargs, output):
-        names = self.names()
-        if not names:
+        acting = self.acting()
+        if not acting:
             return None
         x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
         y = output[0] if isinstance(output, tuple) else output
         if len(module._forward_hooks) > 1:      # someone else looks at y: pieces may change theirs
             y = y.clone()
-        for n in names:
-            y = self.pieces[n](x, y)
-            self.home._modules[n].has_run.add(self.path)
+        for n, piece in acting:
+            y = piece(x, y)
+            if n is not None:
+                self.home._modules[n].has_run.add(self.path)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
