@@ -33,12 +33,13 @@ _WHERE = {
     "generation": ("generate",),
     "serve": ("Serve",),
     "checkpoint": ("save_adapter", "load_adapter"),
+    "latency": ("measure_latency", "count_operators"),
     "bill": ("parameter_report", "memory_bill"),
     "profiles": ("profile", "pick"),
 }
 # No file bears a public function's name: importing it would hide the function behind the module.
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
-_SUBMODULES = {name: name for name in ("anatomy", "base", "bill", "checkpoint", "checks", "data", "fetch", "lab",
+_SUBMODULES = {name: name for name in ("anatomy", "base", "bill", "checkpoint", "checks", "data", "fetch", "lab", "latency",
                                        "methods", "quant", "sockets")} | {"nf4": "quant.nf4"}
 
 __all__ = sorted(_MODULE_OF)
