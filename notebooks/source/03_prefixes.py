@@ -514,10 +514,10 @@ keys = [k for k in ("format", "name", "facts", "recall") if k in trained]
 says = {"format": "format kept", "name": "name copied", "facts": "facts right", "recall": "name recalled"}
 figure, ax = new_figure(width=9.2, height=3.4)
 for shift, ((way, score), colour) in enumerate(zip(marks.items(), ("grey", "green", "orange", "blue", "vermilion"))):
-    bars = ax.bar([i + 0.17 * (shift - 2) for i in range(len(keys))], [score[k] for k in keys], width=0.16, color=COLOURS[colour], label=way)
+    bars = ax.bar([i + 0.17 * (shift - 2) for i in range(len(keys))], [100 * score[k] for k in keys], width=0.16, color=COLOURS[colour], label=way)
     ax.bar_label(bars, [f"{100 * score[k]:.0f}" for k in keys], fontsize=9)
 ax.set_xticks(range(len(keys)), [says[k] for k in keys])
-ax.set(ylim=(0, 1.12), ylabel="share of test questions\n(on the bars: %)")
+ax.set(ylim=(0, 112), ylabel="% of the test questions")
 ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5, fontsize=9, frameon=False)
 figure
 
