@@ -28,6 +28,7 @@ import threading
 import time
 import tomllib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -530,11 +531,13 @@ def run(
     *,
     save: bool = False,
     quiet: bool = False,
+    threads: int | None = None,
     seconds_allowed: float | None = None,
 ) -> Run:
     """Execute one built notebook in a fresh kernel and an empty folder; judge whether it really ran.
 
-    Always writes build/html/NN_name.html and the manifest entry, also when a cell fails.
+    `threads`: of each kernel's matrix products; None leaves them all cores. Always writes
+    build/html/NN_name.html and the manifest entry, also when a cell fails.
     """
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -568,6 +571,8 @@ def run(
             "IPYTHONDIR": str(Path(scratch, "ipython")),  # no start-up files, no history
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         }
+        if threads:
+            env["OMP_NUM_THREADS"] = str(threads)
         begun = time.monotonic()
         with Watch(f"{name} ({version}, {profile})", len(code_cells), quiet) as watch:
 
@@ -712,10 +717,26 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def run_unless_stale(course: Course, name: str, version: str, profile: str, quiet: bool = False) -> Run:
+def run_unless_stale(course: Course, name: str, version: str, profile: str, **how) -> Run:
     if is_stale(course, course.folder / "source" / f"{name}.py", version):
         return Run(name, version, profile, [], errors=["stale or not built; run: make notebooks"])
-    return run(course, name, version, profile, quiet=quiet)
+    return run(course, name, version, profile, **how)
+
+
+def test(course: Course, names: list[str]) -> list[Run]:
+    """Run both versions of each in the smoke profile, as many side by side as there are cores, one thread each:
+    these runs are mostly Python and small models. A kernel may take 4 GiB."""
+    import psutil
+
+    side_by_side = max(1, min(os.cpu_count() or 1, psutil.virtual_memory().total // 2**32))
+
+    def one(job: tuple[str, str]) -> Run:
+        result = run_unless_stale(course, *job, "smoke", quiet=True, threads=1)
+        report(result)
+        return result
+
+    with ThreadPoolExecutor(side_by_side) as pool:
+        return list(pool.map(one, [(name, version) for name in names for version in VERSIONS]))
 
 
 def results(course: Course, names: list[str], profile: str) -> list[Run]:
@@ -810,11 +831,7 @@ def _do(args: argparse.Namespace, course: Course) -> int:
     if args.command == "results":
         runs = results(course, names, args.profile)
     else:
-        runs = []
-        for name in names:
-            for version in VERSIONS:
-                runs.append(run_unless_stale(course, name, version, "smoke", quiet=not sys.stderr.isatty()))
-                report(runs[-1])
+        runs = test(course, names)
     failed = sum(bool(r.errors) for r in runs)
     print(f"{len(runs) - failed} passed, {failed} failed")
     return 1 if failed or not runs else 0
