@@ -429,7 +429,7 @@ def spread_evenly(examples: list[dict], times: int) -> list[dict]:
         timetable += [(turn + first, own[turn % len(own)]) for turn in range(times)]
     return [example for when, example in sorted(timetable, key=lambda entry: entry[0])]
 
-times, size = mp.pick(smoke=1, cpu=10, gpu=10), mp.pick(smoke=2, cpu=8, gpu=8)
+times, size = mp.pick(smoke=1, cpu=8, gpu=8), mp.pick(smoke=2, cpu=8, gpu=8)
 forward, reverse = (spread_evenly([e for e in cards["train"] if e["direction"] == way], times) for way in ("forward", "reverse"))
 lessons = [e for at in range(0, len(forward), size) for e in forward[at : at + size] + reverse[at : at + size]]
 
