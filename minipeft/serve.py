@@ -116,6 +116,8 @@ class Serve:
 
         Of the i-th row everything comes from the adapter that had this name when the block was entered.
         """
+        if shelf_of(self.model) is not self:
+            raise ValueError("this shelf was taken out of the model; mp.Serve(model) puts a new one in")
         found = find(self.model, names)
         for i, name in enumerate(names):
             if i not in found:
@@ -124,6 +126,9 @@ class Serve:
         rows = Rows(self.model, [found[i] for i in range(len(names))])
         with sockets.instead(self.model, rows):
             yield rows
+        if rows.prompts and not rows.were_read:
+            raise RuntimeError(f"rows {sorted(rows.prompts)} have a soft prompt, which comes in through "
+                               "model(**rows.inputs(input_ids, attention_mask)); the model was called without it")
 
     def _read(self, name: str, folder: Path) -> Adapter:
         """The adapter, from a private copy of the files: what their writer does meanwhile does not reach it."""
@@ -217,7 +222,9 @@ class Rows:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter | None]):
-        self.model, self.adapters, self.pieces = model, list(adapters), {}
+        self.model, self.adapters, self.pieces, self.were_read = model, list(adapters), {}, False
+        self.prompts = {row: piece.P for row, adapter in enumerate(adapters) if adapter is not None
+                        for piece in adapter.by_path.values() if isinstance(piece, Prompt)}
 
     def get(self, path: str):
         """The one piece that all rows share, several gathered into one, or None if no row has any here."""
@@ -231,15 +238,14 @@ class Rows:
 
         Padding comes first, so that a prompt stands right before its text. The text's columns stay the last T.
         """
-        prompts = {row: piece.P for row, adapter in enumerate(self.adapters) if adapter is not None
-                   for piece in adapter.by_path.values() if isinstance(piece, Prompt)}
-        if not prompts:
+        self.were_read = True
+        if not self.prompts:
             return {"input_ids": input_ids, "attention_mask": attention_mask}
         e = sockets.embedding_site(self.model)[1](input_ids)     # (B, T, d)
-        longest = max(map(len, prompts.values()))
+        longest = max(map(len, self.prompts.values()))
         e = nn.functional.pad(e, (0, 0, longest, 0))             # (B, P + T, d)
         mask = nn.functional.pad(attention_mask, (longest, 0))   # (B, P + T), zeros in front
-        for row, P in prompts.items():
+        for row, P in self.prompts.items():
             end = longest + int(attention_mask[row].int().argmax())    # where the row's text begins
             e[row, end - len(P):end] = P.to(e.dtype)
             mask[row, end - len(P):end] = 1
