@@ -61,7 +61,7 @@ predicted = {"65B with QLoRA, GB": None, "weights, 16 bits / QLoRA": None,
 #
 # A trained parameter costs more than its own bytes: a gradient, and two states of Adam. Full fine-tuning pays that for all parameters. LoRA pays it for few, and what is left is the frozen base, in 16 bits. QLoRA attacks that rest.
 #
-# `mp.memory_bill` writes the bill of one training step from a model's **configuration** alone. No weight is made: its tensors have a shape and no memory. The rows below are Llama models. Base and activations in bfloat16, the adapter, its gradients and Adam's states in float32 (in full fine-tuning, gradients and states have the weights' 16 bits); one row of 512 tokens; gradient checkpointing, as in the QLoRA paper (a block's activations are computed again in the backward pass instead of being kept).
+# `mp.memory_bill` writes the bill of one training step from a model's **configuration** alone. No weight is made: its tensors have a shape and no memory. The models below are Llamas; the rows of the table are the methods of this course. Base and activations in bfloat16, the adapter, its gradients and Adam's states in float32 (in full fine-tuning, gradients and states have the weights' 16 bits); one row of 512 tokens; gradient checkpointing, as in the QLoRA paper (a block's activations are computed again in the backward pass instead of being kept).
 
 # %%
 from transformers import LlamaConfig
@@ -74,29 +74,42 @@ sizes = {"7B": llama(4096, 11008, 32, 32), "13B": llama(5120, 13824, 40, 40), "6
          "70B": llama(8192, 28672, 80, 64, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)}
 sizes = {name: sizes[name] for name in mp.pick(smoke=["65B"], cpu=list(sizes), gpu=list(sizes))}
 lora = mp.LoRA(rank=16, alpha=32, targets="all-linear")
-ways = {"full": dict(method=None), "LoRA": dict(method=lora), "QLoRA": dict(method=lora, quantized=True)}
+ways = {"full": None, "prefix of 20, with network": mp.PrefixTuning(20), "DoRA": mp.DoRA(rank=16, alpha=32, targets="all-linear"), "LoRA": lora,
+        "adapters, m = 64": mp.BottleneckAdapter(64), "prefix of 20": mp.PrefixTuning(20, reparameterize=False), "(IA)³": mp.IA3(),
+        "prompt of 20": mp.PromptTuning(20), "QLoRA": lora}
+ways = {way: ways[way] for way in mp.pick(smoke=["full", "LoRA", "(IA)³", "QLoRA"], cpu=list(ways), gpu=list(ways))}
 step = dict(batch=1, seq=512, dtype="bfloat16", gradient_checkpointing=True)
 
-bills = {(size, way): mp.memory_bill(config, **how, **step) for size, config in sizes.items() for way, how in ways.items()}
+bills = {(size, way): mp.memory_bill(config, method, quantized=way == "QLoRA", **step)
+         for size, config in sizes.items() for way, method in ways.items()}
 bills["65B", "QLoRA"]
 
 # %%
 cards_gb = (24, 48, 80)
-rows = []
-for (size, way), b in bills.items():
-    row = {"model": size, "way": way, "parameters": b.parameters, "trained": b.trainable,
-           "weights, GB": b.weights / 1e9, "all, GB": b.total / 1e9}
-    rows.append(row | {f"{gb} GB": "fits" if b.fits(gb * 1e9) else "no" for gb in cards_gb})
+
+def largest(way: str, gb: int) -> str:
+    """The largest of the models that this way can train on a card of so many GB."""
+    return ([size for size in sizes if bills[size, way].fits(gb * 1e9)] or ["none"])[-1]
+
+try:
+    mp.memory_bill(sizes["65B"], mp.BitFit(), **step)
+except ValueError as nothing:
+    print("BitFit:", nothing)
+rows = [{"way": way, "trained, of 65B": bills["65B", way].trainable} | {f"{size}, GB": bills[size, way].total / 1e9 for size in sizes}
+        | {f"{gb} GB holds": largest(way, gb) for gb in cards_gb} for way in ways]
+rows += [{"way": f"the weights alone, {kept}"} | {f"{size}, GB": bills[size, way].weights / 1e9 for size in sizes}
+         for kept, way in (("16 bits", "LoRA"), ("as QLoRA keeps them", "QLoRA"))]
 display(lab.table(rows, caption="One training step of 1 × 512 tokens, predicted. 1 GB is a billion bytes."))
-shown = {f"{size}, {way}": b for (size, way), b in bills.items() if way != "full"}
+shown = {f"{size}, {way}": bills[size, way] for size in sizes for way in ("LoRA", "QLoRA")}
 lab.bill_figure(shown, marks={f"{gb} GB": gb * 1e9 for gb in cards_gb})
 
 # %% [markdown]
 # How to read it:
 #
-# - **Full fine-tuning** is not in the figure: its bars would be several times as long as LoRA's.
-# - In the bars of LoRA nearly everything is grey: the frozen weights. A method that leaves them in 16 bits cannot do better than the grey part.
-# - **Fits** compares with the number printed on the card. A card gives a little more bytes than that, and CUDA and the gaps between tensors take a few hundred megabytes to a few gigabytes. Where the difference is small, do not count on it.
+# - **Holds** names the largest of the models here that one card can train, method by method.
+# - Compare the rows with *the weights alone*. The methods of this course that freeze the base stay close above its 16 bits, however little they train, so they mostly fit the same cards. (The network that makes a prefix in chapter 3 is the exception: where keys and values are as wide as the model, it has a billion numbers and more. After training it is dropped. BitFit has no row: these models have no biases.)
+# - In the figure, nearly all of LoRA's bars is grey: the frozen weights. A method that leaves them in 16 bits cannot do better than the grey part. Full fine-tuning is not in it: its bars would be several times as long.
+# - The comparison is with the number printed on the card. A card gives a little more bytes than that, and CUDA and the gaps between tensors take a few hundred megabytes to a few gigabytes. Where the difference is small, do not count on it.
 # - Longer rows and larger batches come on top, and activations grow with both.
 #
 # ## What is in print, and what the bill says
@@ -871,6 +884,7 @@ lab.quiz([
 #
 # - QLoRA is a LoRA beside a 4-bit linear layer. The piece is the same; the layer dequantises its weight for a moment, forward and backward, and keeps only codes.
 # - A bill can be written from a configuration alone. 65 billion parameters fit a card of 48 GB, with short rows and gradient checkpointing. They do not fit 24 GB.
+# - How few numbers a method trains hardly matters there: a base frozen in 16 bits is nearly the whole bill, whatever stands beside it.
 # - The gradient passes through the frozen weight. What is saved is the weight's own bytes, and nothing of the activations.
 # - LoftQ starts nearer to the full model. What is left of that after training is a question for your seeds.
 # - Merge into what the adapter was trained beside, in full precision. Rounding again costs; say how much.
