@@ -19,8 +19,9 @@ PEFT has no bottleneck adapters and no BitFit. They are stored in the same two f
 own ("MINIPEFT_BOTTLENECK", "MINIPEFT_BITFIT"), the method's settings as fields and the pieces' own names as keys:
 base_model.model.<path>.down.weight (m, d) and so on.
 
-A further method is one more entry of FORMATS. Pickles are never read: unpickling runs code. Reading
-checks everything first and touches the model last, so an error leaves the model as it was.
+Adapters that act together are a folder of such folders: hybrids.py. A further method is one more entry of FORMATS.
+Pickles are never read: unpickling runs code. Reading checks everything first and touches the model last, so an error
+leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -277,24 +278,30 @@ _WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pa
 
 # ------------------------------------------------------------------------------------------- save
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> None:
+def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | Sequence[str] = "default") -> None:
     """Write the adapter `name` as a PEFT checkpoint: `adapter_config.json` and `adapter_model.safetensors`.
+
+    A list of names is written as a hybrid: `hybrid.json`, and each part as a checkpoint in a folder below.
 
     `folder` and its parents are made where they are missing; an older checkpoint in it is replaced
     when the new files are complete, so that whatever interrupts the save, one of the two is whole.
     The base's name is recorded unless it is a path of this machine.
     Raises `ValueError` for an unknown adapter, `TypeError` for a method that has no format,
-    `FileExistsError` where `folder` is a file.
+    `FileExistsError` where `folder` is a file, or one kind of checkpoint would be laid upon the other.
     """
-    adapter, folder = sockets.the_adapter(model, name), Path(folder).expanduser()
+    folder = Path(folder).expanduser()
+    from . import hybrids
+
+    if not isinstance(name, str) and isinstance(name, Sequence):
+        return hybrids.save_parts(model, folder, name)
+    if (folder / hybrids.MANIFEST).exists():
+        raise FileExistsError(f"{folder} holds a hybrid; the checkpoint of one adapter needs a folder of its own")
+    adapter = sockets.the_adapter(model, name)
     config, folded = _config(model, adapter), sockets.folded_adapter(adapter)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     tensors = {key: p.detach().cpu().contiguous() for key, p in _tensors(folded, config).items()}
     metadata = {"format": "pt", "sha256": _digest(tensors)}
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise FileExistsError(f"{place} is a file; a checkpoint is a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if (folder / CONFIG).is_file():
         before = (folder / CONFIG).read_bytes()
         if before != text.encode():  # two files cannot change at once: what changes first carries the other
@@ -315,6 +322,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
             os.replace(Path(making, file), folder / file)
         if folded is adapter:
             (folder / ENCODER).unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and its parents; `FileExistsError` where one of them is a file."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f"{place} is a file; a checkpoint is a folder")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _format_of(adapter: Adapter) -> Format:
@@ -423,18 +438,28 @@ def _suffixes(path: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------------- load
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Adapter:
+def load_adapter(model: nn.Module, folder: str | os.PathLike,
+                 name: str | Sequence[str] = "default") -> Adapter | dict[str, Adapter]:
     """Attach the adapter that a checkpoint holds, ours or PEFT's, and activate it alone.
+
+    The parts of a hybrid are attached under the names that they had, or under those of a list, and activated
+    together; what was frozen is frozen again. The result is then {name: adapter}.
 
     The pieces are at least float32, whatever the file's floating-point type is.
     Raises `FileNotFoundError` for a missing folder or file, `ValueError` that names what does not
     fit: damaged files, settings that have no meaning here, missing or surplus keys, shapes, a file
     outside the folder. Nothing has been changed then. Warns if the base has another name.
     """
-    sockets.check_new_name(model, name)
-    for merged in getattr(getattr(model, sockets.HOME, None), "merged", ()):
-        raise ValueError(f"adapter {merged!r} is merged into the base; unmerge it first")
     folder = Path(folder).expanduser()
+    from . import hybrids
+
+    for merged in sockets.merged_names(model):
+        raise ValueError(f"adapter {merged!r} is merged into the base; unmerge it first")
+    if (folder / hybrids.MANIFEST).is_file():
+        if isinstance(name, str) and name != "default":
+            raise ValueError(f"name is {name!r}, but {folder} holds a hybrid; accepted is a list of names")
+        return hybrids.load_parts(model, folder, None if isinstance(name, str) else name)
+    sockets.check_new_name(model, name)
     files = files_in(folder)
     try:
         adapter = read(model, *files, name)
@@ -456,8 +481,9 @@ def files_in(folder: Path) -> tuple[Path, Path]:
 def _inside(folder: Path, name: str) -> Path:
     """The file `name` of a folder, if it really lies there. (The Hub's cache links snapshots/<x>/file to blobs/.)"""
     path, root = folder / name, folder.resolve()
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        root = root.parent.parent
+    for parent in root.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            root = parent.parent
     if not path.resolve().is_relative_to(root):
         raise ValueError(f"{path} leads outside its folder, to {path.resolve()}; copy the file if you trust it")
     if not path.is_file():
