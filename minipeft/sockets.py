@@ -135,8 +135,10 @@ def _forgive_own_keys(module, incompatible):
 def attach(model: nn.Module, method, name: str = "default") -> Adapter:
     """Freeze the base, plug `method` in, make it active beside what is active already.
 
-    Attaching a second method makes a hybrid: both act. `activate` chooses otherwise.
-    On a classification model each adapter also gets, and trains, its own copy of the output head.
+    Attaching a second method makes a hybrid: both act, and both are trained. `activate` chooses otherwise, and
+    `mp.adapters(model)[name].requires_grad_(False)` freezes one, which acts on while another learns beside it.
+    On a classification model each adapter also gets, and trains, its own copy of the output head; of several
+    active ones the last one's head answers.
     Raises before anything is changed: `ValueError` for a bad name or for targets that the model
     does not have, `TypeError` for something that is not a method.
     """
