@@ -657,7 +657,7 @@ figure, ax = new_figure(width=6.6, height=3.3)
 for (name, seeds), colour in zip(starts.items(), ("grey", "vermilion", "blue")):
     for number, one in enumerate(seeds):
         losses = lab.smooth(one["losses"], 0.5)
-        ax.plot(range(1, len(losses) + 1), losses, color=COLOURS[colour], alpha=0.9, linewidth=1.4, label=None if number else name)
+        ax.plot(range(1, len(losses) + 1), losses, "o-", markersize=3, color=COLOURS[colour], alpha=0.9, linewidth=1.4, label=None if number else name)
 ax.set(xlabel="step", ylabel="training loss, smoothed", ylim=(0, None))
 ax.legend()
 display(figure)
@@ -787,9 +787,8 @@ for kind, colour in (("q_proj", "blue"), ("v_proj", "sky"), ("o_proj", "green"),
     at = [path for path in lost if path.endswith(kind)]
     if at:
         ax.scatter([100 * sizes_of_update[p] for p in at], [lost[p] for p in at], s=22, color=COLOURS[colour], label=kind)
-ax.axhline(1, color=COLOURS["black"], linestyle="--", linewidth=1.2)
+ax.axhline(1, color=COLOURS["black"], linestyle="--", linewidth=1.2, label="as if the update had been dropped")
 ax.set(xlabel=r"size of the update, percent of $\|\tilde W\|$", ylabel="size of the rounding error / of the update", xlim=(0, None), ylim=(0, 1.15 * max(1, *lost.values())))
-ax.text(0.02, 1, "as if the update had been dropped", transform=ax.get_yaxis_transform(), va="bottom", fontsize=9)
 ax.legend(fontsize=9, ncols=2)
 untrained, left = frozen["linears in NF4"]["held-out loss"], [ways_out[w]["held-out loss"] for w in ("merged, in 4 bits again", "beside the 4-bit base")]
 print(f"held-out loss: {untrained:.3f} before training, {left[1]:.3f} after it, {left[0]:.3f} after the rounded merge: {(untrained - left[0]) / (untrained - left[1]):.0%} of the gain is left")
