@@ -662,8 +662,7 @@ def judge(method, lr: float, seed: int) -> dict:
         run = mp.fit(encoder, words, films["train"], replace(film_plan, lr=lr, seed=seed))
     except ArithmeticError:                                    # the loss was not finite any more
         return row | {split: 1 - share for split, share in commoner.items()}
-    row |= {split: mp.evaluate(encoder, words, films[split])["accuracy"] for split in ("validation", "test")}
-    return row | {"s a step": run.seconds / run.steps}
+    return row | {"s a step": run.seconds / run.steps} | {s: mp.evaluate(encoder, words, films[s])["accuracy"] for s in films if s != "train"}
 
 # %%
 ways = {"direct": mp.PrefixTuning(4, reparameterize=False), "network": mp.PrefixTuning(4)}
