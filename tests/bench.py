@@ -28,9 +28,12 @@ SIDES = {  # what is measured -> the sides that take turns
     "prompt": ("ours", "peft"), "prefix": ("ours", "peft"), "dora": ("ours", "peft", "lora"),
     "quantize": ("ours", "bnb"), "dequantize": ("ours", "bnb", "copy"), "product": ("ours", "bnb", "float32"),
     "generate": ("ours", "bnb", "float32"), "qlora": ("ours", "peft", "peft_bf16"),
+    "serve": ("ours", "peft", "shared", "first"),
 }
 WHOLE, TRAINED = ("import", "attach", "finetune"), ("prompt", "prefix", "dora", "qlora")
-BESIDE = {"lora": "our LoRA", "bnb": "bitsandbytes", "copy": "a copy", "peft_bf16": "peft, bf16"}   # names in the table
+BESIDE = {"lora": "our LoRA", "bnb": "bitsandbytes", "copy": "a copy", "peft_bf16": "peft, bf16",
+          "shared": "one shared", "first": "our first"}   # names in the table
+SERVED, LOADED = 32, 100                    # rows of a batch, each with an adapter of its own; adapters on the shelf
 SIDE = 4096         # of the matrix that is quantised, dequantised, multiplied with
 
 
@@ -225,7 +228,8 @@ def stepper(what: str, side: str, model):
 
 
 def steps_turns(what: str, steps: int) -> dict:
-    return in_turns({side: stepper(what, side, trained(what, side)) for side in SIDES[what]}, steps)
+    return in_turns({side: stepper(what, side, trained(what, side)) for side in SIDES[what]}, steps,
+                    ("peft", "peft_bf16") if what == "qlora" else ())
 
 
 def steps_memory(what: str, side: str, steps: int) -> dict:
@@ -287,10 +291,15 @@ def kernels_built():
     return kernels, torch.randn(SIDE, SIDE)
 
 
-def in_turns(jobs: dict, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each job, `repeats` times, the jobs taking turns, after two rounds that warm up."""
-    seconds = {name: [] for name in jobs}
+def in_turns(jobs: dict, repeats: int, rivals: tuple[str, ...] = ()) -> dict[str, list[float]]:
+    """Seconds of each job, `repeats` times, the jobs taking turns, after two rounds that warm up. Of `rivals`, of which
+    only the fastest counts, one that takes half as long again as another in the first round is out."""
+    jobs, seconds = dict(jobs), {name: [] for name in jobs}
     for repeat in range(repeats + 2):
+        if repeat == 1 and rivals:
+            limit = 1.5 * min(seconds[name][0] for name in rivals)
+            for name in [name for name in rivals if seconds[name][0] > limit]:
+                del jobs[name], seconds[name]
         names = list(jobs)
         for name in names[repeat % len(names):] + names[:repeat % len(names)]:
             began = time.perf_counter()
@@ -382,8 +391,89 @@ def generate_turns(repeats) -> dict:
         return lambda: model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=48, min_new_tokens=48,
                                       do_sample=False, pad_token_id=tokenizer.eos_token_id)
 
-    found = in_turns({kind: answer(kind) for kind in ("ours", "bnb", "bnb bf16", "float32")}, repeats)
+    kinds = ("ours", "bnb", "bnb bf16", "float32")
+    found = in_turns({kind: answer(kind) for kind in kinds}, repeats, kinds[1:3])
     return {kind: [t / 48 for t in seconds] for kind, seconds in found.items()}
+
+
+# ---- many adapters on one base ----
+
+def serve_turns(repeats) -> dict:
+    """SERVED rows with as many rank-8 adapters on all linears: a decoding step after 16 tokens, a forward pass of 16
+    tokens (stacking the adapters included), choosing another adapter, loading one more.
+
+    "shared" is one attached adapter for all rows, "first" are our first ten loads beside our last ten.
+    """
+    import torch
+    from peft import PeftModel
+
+    import minipeft as mp
+    from minipeft import serve, sockets
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model, _ = smollm("float32")
+        adapter = mp.attach(model, mp.LoRA(rank=RANK, alpha=2 * RANK, targets="all-linear"), "shared")
+        for i in range(SERVED):
+            torch.manual_seed(i)
+            for p in adapter.parameters():
+                p.normal_(std=0.02)
+            mp.save_adapter(model, f"{folder}/{i}", "shared")
+        shelf, loads, peft_loads = mp.Serve(model), [], []
+        for i in range(LOADED):
+            loads.append(seconds_of(lambda: shelf.load(str(i), f"{folder}/{i % SERVED}")))
+        theirs = PeftModel.from_pretrained(smollm("float32")[0], f"{folder}/0", "0").eval()
+        for i in range(1, SERVED):
+            peft_loads.append(seconds_of(lambda: theirs.load_adapter(f"{folder}/{i}", str(i))))
+
+        names, ids = [str(i) for i in range(SERVED)], torch.randint(5, 1000, (SERVED, 17))
+        gathered = serve.Rows(model, [shelf.loaded[name] for name in names])
+
+        def ours_forward():
+            with shelf.rows(names):
+                return model(ids[:, :16]).logits
+
+        def decoding(run):
+            """One token after sixteen, which the cache keeps."""
+            cache = run(ids[:, :16]).past_key_values
+
+            def step():
+                out = run(ids[:, 16:], past_key_values=cache)
+                cache.crop(16)
+                return out
+            return step
+
+        def ours_run(ids, **more):
+            with sockets.instead(model, gathered):
+                return model(ids, use_cache=True, **more)
+
+        def peft_run(ids, **more):
+            return theirs(input_ids=ids, use_cache=True, adapter_names=names, **more)
+
+        def shared_run(ids, **more):
+            return model(ids, use_cache=True, **more)
+
+        same = (ours_run(ids).logits - peft_run(ids).logits).abs().max() / peft_run(ids).logits.abs().max()
+        if same > 1e-4:
+            raise SystemExit(f"the answers differ from peft's by {same:.1e}")
+        found = {"forward": in_turns({"ours": ours_forward, "peft": lambda: peft_run(ids[:, :16]),
+                                      "shared": lambda: shared_run(ids[:, :16])}, repeats),
+                 "decode": in_turns({"ours": decoding(ours_run), "peft": decoding(peft_run), "shared": decoding(shared_run)},
+                                    3 * repeats)}
+        turn, paths = itertools.count(), list(adapter.pieces())
+
+        def ours_switch():
+            with shelf.rows([str(next(turn) % LOADED)]) as rows:
+                for path in paths:
+                    rows.get(path)
+
+        found["switch"] = in_turns({"ours": ours_switch, "peft": lambda: theirs.set_adapter(str(next(turn) % SERVED))}, repeats)
+        found["load"] = {"ours": loads[-10:], "first": loads[:10], "peft": peft_loads[-3:]}
+        return found
+
+
+def seconds_of(job) -> float:
+    began = time.perf_counter()
+    job()
+    return time.perf_counter() - began
 
 
 # ---------------------------------------------------------------------------------------------
@@ -410,10 +500,10 @@ def take_turns(what: str, steps: int, repeats: int) -> dict[str, list[dict]]:
     print(f"{what}: the sides take turns", file=sys.stderr, flush=True)
     if what in TRAINED:
         found = {"seconds": measure(f"steps_turns:{what}", 3 * repeats, 0)}
-        for side in SIDES[what]:
+        for side in found["seconds"]:
             results[side].append(measure(f"steps_memory:{what},{side}", steps, 0))
     else:
-        found = measure(f"{what}_turns", (2 if what == "generate" else 9) * repeats, 0)
+        found = measure(f"{what}_turns", {"generate": 2, "serve": 3}.get(what, 9) * repeats, 0)
     for figure, sides in (found if isinstance(next(iter(next(iter(found.values())))), str) else {"seconds": found}).items():
         for side in SIDES[what]:
             kinds = [taken for kind, taken in sides.items() if kind == side or side == "bnb" and kind.startswith("bnb ")]
@@ -491,9 +581,17 @@ def rows_of(what: str, results: dict[str, list[dict]]) -> list[dict]:
     if what == "generate":
         return [row("NF4 SmolLM2: greedy, a token", "seconds", 1 / 1.4, beside=beside) for beside in ("bnb", "float32")]
     if what == "qlora":
-        faster = min(("peft", "peft_bf16"), key=lambda side: statistics.median(r["seconds"] for r in results[side] if "seconds" in r))
+        faster = min((side for side in ("peft", "peft_bf16") if results[side]),
+                     key=lambda side: statistics.median(r["seconds"] for r in results[side] if "seconds" in r))
         return [row("QLoRA: a training step of 8×64", "seconds", 0.75, beside=faster),
                 row("QLoRA: peak memory of the process", "peak", 1.0, "GiB", faster)]
+    if what == "serve":
+        passes = [row(f"{SERVED} rows, {SERVED} adapters: {of}", key, asked, beside=beside) for beside, limits in
+                  (("peft", (1 / 4, 1 / 1.35)), ("shared", (1.25, 1.25)))
+                  for (of, key), asked in zip((("a decoding step", "decode"), ("16 tokens", "forward")), limits, strict=True)]
+        return [*passes[:2], row(f"{LOADED} adapters: choosing another", "switch", 1e-3, "s, absolute"),
+                row(f"{LOADED} adapters: loading the last", "load", 0.1), *passes[2:],
+                row(f"{LOADED} adapters: loading the last", "load", 1.1, beside="first")]
     name = "DoRA" if what == "dora" else f"{what} tuning"
     limits = {"peft": 1.0, "lora": 1.25}
     return [row(f"{name}: {figure}", key, limits[beside], unit, beside) for beside in SIDES[what][1:]

@@ -63,3 +63,27 @@ def test_jobs_take_turns_and_the_first_two_rounds_do_not_count():
     done = []
     taken = bench.in_turns({name: lambda name=name: done.append(name) for name in "abc"}, 4)
     assert "".join(done) == "abcbcacababcbcacab" and {len(t) for t in taken.values()} == {4}
+
+
+def test_serving_is_held_against_peft_against_one_shared_adapter_and_loading_against_the_first_loads():
+    sides = {"ours": {"decode": 1.2, "forward": 1.2, "switch": 9e-4, "load": 0.1}, "first": {"load": 0.08},
+             "peft": {"decode": 5.0, "forward": 1.5, "switch": 0.1, "load": 1.1}, "shared": {"decode": 1.0, "forward": 0.9}}
+    rows = bench.rows_of("serve", {side: [{figure: s} for figure, s in figures.items()] for side, figures in sides.items()})
+    assert [(r["what"].split(": ")[1], r["beside"], r["reached"]) for r in rows] == [
+        ("a decoding step", "peft", True), ("16 tokens", "peft", False), ("choosing another", "peft", True),
+        ("loading the last", "peft", True), ("a decoding step", "one shared", True), ("16 tokens", "one shared", False),
+        ("loading the last", "our first", False)]
+    assert [r["asked"] for r in rows] == [1 / 4, 1 / 1.35, 1e-3, 0.1, 1.25, 1.25, 1.1]
+
+
+def test_of_rivals_a_slow_one_leaves_after_its_first_turn(monkeypatch):
+    clock, takes = [0.0], {"ours": 5.0, "one": 2.0, "other": 3.1, "third": 2.9}
+
+    def job(name):
+        return lambda: clock.__setitem__(0, clock[0] + takes[name])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    taken = bench.in_turns({name: job(name) for name in takes}, 2, ("one", "other", "third"))
+    assert {name: [round(t, 3) for t in seconds] for name, seconds in taken.items()} == {
+        "ours": [5.0, 5.0], "one": [2.0, 2.0], "third": [2.9, 2.9]}
+    rows = bench.rows_of("qlora", turns(ours=[1.0], peft=[2.0], peft_bf16=[]))
+    assert [r["ratio"] for r in rows] == [0.5, 0.5]
