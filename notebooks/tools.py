@@ -53,7 +53,7 @@ LONGEST_CELL = 20  # lines of code
 LONGEST_SETUP = 15
 FEWEST_CELLS, MOST_CELLS = 15, 60
 SHORTEST_RUN = 0.3  # seconds; a notebook that "ran" faster did nothing
-SECONDS_ALLOWED = {"smoke": 300, "cpu": 3600, "gpu": 3600}
+SECONDS_ALLOWED = {"smoke": 600, "cpu": 3600, "gpu": 3600}
 
 
 class NotebookError(Exception):
