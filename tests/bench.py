@@ -1,6 +1,7 @@
 """Measured beside Hugging Face PEFT and bitsandbytes, in one run: `make bench`.
 
     python tests/bench.py [--repeats 3] [--steps 4] [--only finetune,dora]
+    python tests/bench.py --table           the results as README shows them
 
 Every figure is a ratio, ours / theirs, of medians over repeats that take turns, so that what else the
 machine does falls on both alike: whole runs (import, attach, finetune) each in a process of its own;
@@ -517,6 +518,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of the fine-tune")
     parser.add_argument("--only", default=",".join(SIDES), help="what to measure, with commas between")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print the results as README shows them")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -524,6 +526,10 @@ def main() -> None:
         name, _, more = chosen.worker.partition(":")
         arguments = [*more.split(","), chosen.steps] if more else [chosen.steps] if name.endswith("_turns") else [chosen.steps, chosen.seed]
         print(json.dumps(globals()[name](*arguments)))
+        return
+
+    if chosen.table:
+        print(markdown(json.loads((REPOSITORY / "data" / "results" / "bench.json").read_text())["rows"]))
         return
 
     chosen.only = chosen.only.split(",")
@@ -608,6 +614,19 @@ def show(rows: list[dict]) -> None:
         asked = f"≤ {r['asked']} s" if r["unit"] == "s, absolute" else f"ratio ≤ {r['asked']:.3g}"
         print(f"{r['what']:48}{r['ours']:9.4f}{r['theirs']:13.4f}{r['ratio']:8.3f}   {asked}  "
               + ("reached" if r["reached"] else "NOT reached"))
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as README shows them."""
+    def told(value: float, unit: str) -> str:
+        return f"{value:.3g} GiB" if unit == "GiB" else f"{value:.3g} s" if value >= 0.1 else f"{1000 * value:.3g} ms"
+
+    lines = ["| | ours | beside | ratio | asked |", "|---|---|---|---|---|"]
+    for r in rows:
+        asked = f"at most {r['asked']:g} s" if r["unit"] == "s, absolute" else f"at most {r['asked']:.3g}"
+        lines.append(f"| {r['what']} | {told(r['ours'], r['unit'])} | {r['beside']} {told(r['theirs'], r['unit'])} | {r['ratio']:.2g} | "
+                     f"{asked}{'' if r['reached'] else ': **not reached**'} |")
+    return "\n".join(lines)
 
 
 def write(what: str, rows: list[dict], details: dict, chosen) -> None:
