@@ -5,6 +5,7 @@
     python notebooks/tools.py run 05                one notebook, headless, with an HTML to look at
     python notebooks/tools.py test                  every notebook, both versions, smoke profile
     python notebooks/tools.py results               every solution notebook, cpu profile, measured
+    python notebooks/tools.py keep 05               what the last run of one measured, into data/results
 
 There is one source for each notebook, `notebooks/source/NN_name.py`, in jupytext's percent
 format. What authors write there is described in `notebooks/README.md`.
@@ -627,9 +628,8 @@ def run(
         if CHECK_MIME in output.get("data", {})
     ]
     result.errors += faults(notebook, result)
+    write_manifest(course, result)
     result.html = _write_html(course, notebook, result)
-    manifest = course.root / "build" / "manifest" / f"{name}.{version}.{profile}.json"
-    _write_json(manifest, result.entry() | {"figures": result.recorded})
     if save and not result.errors:
         write(notebook, path)
     return result
@@ -717,6 +717,11 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_manifest(course: Course, run: Run) -> None:
+    name = f"{run.name}.{run.version}.{run.profile}.json"
+    _write_json(course.root / "build" / "manifest" / name, run.entry() | {"figures": run.recorded})
+
+
 def run_unless_stale(course: Course, name: str, version: str, profile: str, **how) -> Run:
     if is_stale(course, course.folder / "source" / f"{name}.py", version):
         return Run(name, version, profile, [], errors=["stale or not built; run: make notebooks"])
@@ -741,27 +746,38 @@ def test(course: Course, names: list[str]) -> list[Run]:
 
 def results(course: Course, names: list[str], profile: str) -> list[Run]:
     """Run the solutions and write what was measured to data/results/."""
-    folder = course.root / "data" / "results"
-    command = f"python notebooks/tools.py results --profile {profile}"
     runs = []
     for name in names:
         runs.append(run_unless_stale(course, name, "solutions", profile))
         report(runs[-1])
-        if runs[-1].errors:
-            continue
-        entry = {k: v for k, v in runs[-1].entry().items() if k not in ("notebook", "errors", "version", "profile")}
-        entry["command"] = command
-        path = folder / "notebooks.json"
-        table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        table.setdefault(name, {})[profile] = entry
-        _write_json(path, table)
-        if runs[-1].recorded:
-            about = {k: entry[k] for k in ("command", "date", "device", "versions", "source_hash")}
-            _write_json(
-                folder / f"{name}{'' if profile == 'cpu' else '.' + profile}.json",
-                {"notebook": name, "profile": profile, **about, "figures": runs[-1].recorded},
-            )
+        if not runs[-1].errors:
+            keep(course, name, profile)
     return runs
+
+
+def keep(course: Course, name: str, profile: str) -> Path:
+    """Write what the newest run of this notebook in this profile has measured to data/results/, from its manifest."""
+    found = [course.root / "build" / "manifest" / f"{name}.{version}.{profile}.json" for version in VERSIONS]
+    found = sorted((path for path in found if path.exists()), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise NotebookError(f"{name} has not been run in the {profile} profile here; run it first: make run NB={name[:2]}")
+    entry = json.loads(found[-1].read_text(encoding="utf-8"))
+    if entry["errors"]:
+        raise NotebookError(f"the last run of {name} failed: {entry['errors'][0]}")
+    if entry["source_hash"] != source_hash(course, name):
+        raise NotebookError(f"{name} has been changed since its last run ({entry['date']}); run it again: make run NB={name[:2]}")
+    version, figures = entry.pop("version"), entry.pop("figures")
+    entry["command"] = f"python notebooks/tools.py run {name[:2]}{' --solutions' * (version == 'solutions')} --profile {profile}"
+    entry = {k: v for k, v in entry.items() if k not in ("notebook", "errors", "profile")}
+    folder = course.root / "data" / "results"
+    table = json.loads((folder / "notebooks.json").read_text(encoding="utf-8")) if (folder / "notebooks.json").exists() else {}
+    table.setdefault(name, {})[profile] = entry
+    _write_json(folder / "notebooks.json", table)
+    path = folder / f"{name}{'' if profile == 'cpu' else '.' + profile}.json"
+    if figures:
+        about = {k: entry[k] for k in ("command", "date", "device", "versions", "source_hash")}
+        _write_json(path, {"notebook": name, "profile": profile, **about, "figures": figures})
+    return path
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -798,6 +814,9 @@ def main(argv: list[str] | None = None, course: Course | None = None) -> int:
     measured = commands.add_parser("results", help="run every solution notebook and write data/results")
     measured.add_argument("notebooks", nargs="*", help="only these")
     measured.add_argument("--profile", choices=PROFILES, default="cpu")
+    kept = commands.add_parser("keep", help="write data/results from the last run of each, without running it again")
+    kept.add_argument("notebooks", nargs="+")
+    kept.add_argument("--profile", choices=PROFILES, default="cpu")
     args = parser.parse_args(argv)
     try:
         return _do(args, course)
@@ -828,6 +847,10 @@ def _do(args: argparse.Namespace, course: Course) -> int:
         return 1 if result.errors else 0
 
     names = [course.find(n) for n in args.notebooks] or [path.stem for path in course.sources]
+    if args.command == "keep":
+        for name in names:
+            print(keep(course, name, args.profile).relative_to(course.root))
+        return 0
     if args.command == "results":
         runs = results(course, names, args.profile)
     else:

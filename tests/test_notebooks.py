@@ -330,7 +330,10 @@ def test_a_notebook_that_takes_too_long_is_stopped(tmp_path):
 
 def test_results_are_written_with_date_machine_and_versions(tmp_path, monkeypatch):
     def fake(course, name, version, profile, **_):
-        return tools.Run(name, version, profile, [], cells=3, executed=3, seconds=90, peak_memory=2**30, recorded={"a": 1})
+        run = tools.Run(name, version, profile, [], cells=3, executed=3, seconds=90, peak_memory=2**30, recorded={"a": 1},
+                        source_hash=tools.source_hash(course, name))
+        tools.write_manifest(course, run)
+        return run
 
     monkeypatch.setattr(tools, "run", fake)
     course = make(tmp_path, HEADER)
@@ -342,6 +345,27 @@ def test_results_are_written_with_date_machine_and_versions(tmp_path, monkeypatc
     figures = json.loads((tmp_path / "data" / "results" / "07_tiny.json").read_text())
     assert figures["figures"] == {"a": 1} and figures["profile"] == "cpu"
     assert str(tmp_path) not in json.dumps([entry, figures])
+
+
+def test_what_a_run_measured_is_kept_afterwards_unless_it_failed_or_the_notebook_has_changed(tmp_path, capsys):
+    course = make(tmp_path, HEADER)
+    tools.build(course)
+
+    def ran(version, value, **fields):
+        tools.write_manifest(course, tools.Run("07_tiny", version, "cpu", [], recorded={"a": value}, **fields))
+
+    assert tools.main(["keep", "07"], course) == 1 and "has not been run in the cpu profile" in capsys.readouterr().err
+    here = tools.source_hash(course, "07_tiny")
+    ran("solutions", 1, source_hash=here)
+    ran("student", 2, source_hash=here)
+    assert tools.main(["keep", "07"], course) == 0
+    figures = json.loads((tmp_path / "data" / "results" / "07_tiny.json").read_text())
+    assert figures["figures"] == {"a": 2} and figures["command"] == "python notebooks/tools.py run 07 --profile cpu"
+    ran("student", 3, source_hash=here, errors=["it broke"])
+    assert tools.main(["keep", "07"], course) == 1 and "it broke" in capsys.readouterr().err
+    ran("student", 4, source_hash="another")
+    assert tools.main(["keep", "07"], course) == 1 and "has been changed since" in capsys.readouterr().err
+    assert json.loads((tmp_path / "data" / "results" / "07_tiny.json").read_text()) == figures
 
 
 def test_a_notebook_is_found_by_number_or_name_and_a_wrong_one_is_refused_with_the_nearest(tmp_path, capsys):
