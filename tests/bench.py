@@ -433,12 +433,12 @@ def serve_turns(repeats) -> dict:
                 return model(ids[:, :16]).logits
 
         def decoding(run):
-            """One token after sixteen, which the cache keeps."""
+            """One token after sixteen, which the cache keeps; the one is taken out again."""
             cache = run(ids[:, :16]).past_key_values
 
             def step():
                 out = run(ids[:, 16:], past_key_values=cache)
-                cache.crop(16)
+                cache.crop(-1)
                 return out
             return step
 
