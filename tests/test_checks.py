@@ -9,7 +9,7 @@ from torch import nn
 
 from minipeft.checks import exercises, frame
 from minipeft.checks import ch00_start, ch01_full, ch02_soft_prompts, ch04_adapters, ch05_lora, ch06_dora_ia3, ch07_nf4
-from minipeft.checks import ch08_cuda_kernel, ch09_qlora
+from minipeft.checks import ch08_cuda_kernel, ch09_qlora, ch10_merge_and_serve
 from minipeft.checks.frame import Case, Draw, Exercise
 
 
@@ -1470,6 +1470,256 @@ WRONG |= {
 }
 
 
+# ---------------------------------------------------------------------------- chapter 10
+
+
+def chain_of(stages, adapted, way, alone=None, more=2):
+    alone = {"LoRA": 2, "LoRA, merged": 1, "adapters": 3} if alone is None else alone
+    more = 0 if way == "LoRA, merged" else more
+    products = sum(1 + more * (name in adapted) for stage in stages for name in stage)
+    return products, sum(max(alone[way] if name in adapted else 1 for name in stage) for stage in stages)
+
+
+def median_ratio(own, base):
+    return sorted_middle([a / b for a, b in zip(own, base)])
+
+
+def sorted_middle(values):
+    values = sorted(values)
+    return (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+
+
+def fold_or_not(layer, merge):
+    if merge and layer.kept is None:
+        layer.kept = layer.weight.detach().clone()
+        layer.weight.data = (layer.kept.float() + layer.s * layer.B @ layer.A).detach().to(layer.weight.dtype)
+    elif not merge and layer.kept is not None:
+        layer.weight.data, layer.kept = layer.kept, None
+
+
+@torch.no_grad()
+def fold_from_kept(layer, merge):  # the same, from the kept weight whenever there is one
+    W = layer.weight.clone() if layer.kept is None else layer.kept
+    layer.weight.copy_(W + (layer.s * layer.B @ layer.A).to(W.dtype) if merge else W)
+    layer.kept = W if merge else None
+
+
+@torch.no_grad()
+def fold_as_published(layer, merge):  # the public mistake
+    delta = (layer.s * layer.B @ layer.A).to(layer.weight.dtype)
+    layer.weight += delta if merge else -delta
+    layer.kept = None
+
+
+@torch.no_grad()
+def fold_once_and_subtract(layer, merge):
+    delta = layer.s * layer.B @ layer.A
+    if merge and layer.kept is None:
+        layer.kept = layer.weight.clone()
+        layer.weight.copy_(layer.weight + delta)
+    elif not merge and layer.kept is not None:
+        layer.weight.copy_(layer.weight - delta)
+        layer.kept = None
+
+
+def fold_without_a_copy(layer, merge):
+    if merge and layer.kept is None:
+        layer.kept = layer.weight.data
+        layer.weight.data += (layer.s * layer.B @ layer.A).to(layer.weight.dtype)
+    elif not merge and layer.kept is not None:
+        layer.weight.data, layer.kept = layer.kept, None
+
+
+def folding(update=lambda layer: layer.s * layer.B @ layer.A, after=lambda layer: None):
+    """`fold_or_not` with another update, or with something done behind it."""
+
+    def fn(layer, merge):
+        if merge and layer.kept is None:
+            layer.kept = layer.weight.detach().clone()
+            layer.weight.data = (layer.kept.float() + update(layer)).detach().to(layer.weight.dtype)
+        elif not merge:
+            fold_or_not(layer, merge)
+        after(layer)
+
+    return fn
+
+
+def fold_and_forget(layer, merge):
+    fold_or_not(layer, merge)
+    layer.kept = None
+
+
+def fold_and_keep(layer, merge):
+    before = layer.kept
+    fold_or_not(layer, merge)
+    layer.kept = before if layer.kept is None else layer.kept
+
+
+def stacked(As, Bs, scales, weights, factor=lambda w, s: w * s):
+    return torch.cat(As), torch.cat([factor(w, s) * B for w, s, B in zip(weights, scales, Bs)], dim=1)
+
+
+def stacked_in_place(As, Bs, scales, weights):
+    for w, s, B in zip(weights, scales, Bs):
+        B *= w * s
+    return torch.cat(As), torch.cat(Bs, dim=1)
+
+
+def summed_factors(As, Bs, scales, weights):
+    least = min(map(len, As))
+    return sum(A[:least] for A in As), sum(w * s * B[:, :least] for w, s, B in zip(weights, scales, Bs))
+
+
+def whole_update(As, Bs, scales, weights):
+    delta = sum(w * s * B @ A for w, s, A, B in zip(weights, scales, As, Bs))
+    return torch.eye(delta.shape[1], dtype=delta.dtype), delta
+
+
+def elected_mean(deltas, density, trim=None, elect=None, count=None):
+    """TIES; the arguments break it."""
+    flat = deltas.flatten(1)
+    kept = flat.abs().topk(int(density * flat.shape[1])).indices
+    trimmed = torch.zeros_like(flat).scatter(1, kept, flat.gather(1, kept)).view_as(deltas)
+    trimmed = trimmed if trim is None else trim(deltas)
+    elected = trimmed.sum(0).sign() if elect is None else elect(deltas, trimmed)
+    agree = (trimmed.sign() == elected) & (trimmed != 0)
+    return (trimmed * agree).sum(0) / (agree.sum(0).clamp(min=1) if count is None else count(trimmed))
+
+
+def ties_by_sorting(deltas, density):
+    n = int(density * deltas[0].numel())
+    least = deltas.abs().flatten(1).sort(descending=True).values[:, n - 1, None, None]
+    left = torch.where(deltas.abs() >= least, deltas, 0)
+    up, down = left.clamp(min=0), left.clamp(max=0)
+    return torch.where(left.sum(0) >= 0, up.sum(0) / (up > 0).sum(0).clamp(min=1), down.sum(0) / (down < 0).sum(0).clamp(min=1))
+
+
+def gathered(x, A, B, s, which, k=None, scale=None):
+    k = which.clamp(min=0) if k is None else k(which, len(A))
+    scale = torch.where(which < 0, 0, s[k]) if scale is None else scale(which, s, k)
+    return scale[:, None, None] * torch.bmm(torch.bmm(x, A[k].mT), B[k].mT)
+
+
+def row_by_row(x, A, B, s, which):
+    return torch.stack([s[k] * row @ A[k].T @ B[k].T if k >= 0 else x.new_zeros(x.shape[1], B.shape[1]) for row, k in zip(x, which.tolist())])
+
+
+RIGHT |= {
+    "products-and-chain": [chain_of, lambda *given: list(chain_of(*given))],
+    "slowdown": [median_ratio, lambda own, base: torch.tensor([a / b for a, b in zip(own, base)], dtype=torch.float64).quantile(0.5).item()],
+    "merge-switch": [fold_or_not, fold_from_kept],
+    "as-one": [
+        stacked,
+        lambda As, Bs, scales, weights: (torch.cat([w * s * A for w, s, A in zip(weights, scales, As)]), torch.cat(Bs, dim=1)),
+        lambda As, Bs, scales, weights: list(stacked(As[::-1], Bs[::-1], scales[::-1], weights[::-1])),
+    ],
+    "ties": [elected_mean, ties_by_sorting],
+    "gathered-update": [gathered, row_by_row],
+}
+
+WRONG |= {
+    "products-and-chain": [
+        lambda stages, adapted, way: chain_of(stages, adapted, "LoRA"),
+        lambda stages, adapted, way: chain_of(stages, adapted, "adapters"),
+        lambda stages, adapted, way: chain_of(stages, set(), way),
+        lambda stages, adapted, way: chain_of(stages, adapted, way, more=1),
+        lambda stages, adapted, way: chain_of(stages, adapted, way, alone={"LoRA": 3, "LoRA, merged": 1, "adapters": 3}),
+        lambda stages, adapted, way: chain_of(stages, adapted, way, alone={"LoRA": 1, "LoRA, merged": 1, "adapters": 3}),
+        lambda stages, adapted, way: chain_of(stages, adapted, way, alone={"LoRA": 2, "LoRA, merged": 1, "adapters": 2}),
+        lambda stages, adapted, way: chain_of([[name] for stage in stages for name in stage], adapted, way),
+        lambda stages, adapted, way: (chain_of(stages, adapted, way)[0], len(stages)),
+        lambda *given: chain_of(*given)[::-1],
+        lambda *given: chain_of(*given)[0],
+        lambda *given: tuple(map(float, chain_of(*given))),
+    ],
+    "slowdown": [
+        lambda own, base: median_ratio(base, own),
+        lambda own, base: sum(a / b for a, b in zip(own, base)) / len(own),
+        lambda own, base: sum(own) / sum(base),
+        lambda own, base: sorted_middle(own) / sorted_middle(base),
+        lambda own, base: min(own) / min(base),
+        lambda own, base: median_ratio(own, base) - 1,
+        lambda own, base: 100 * median_ratio(own, base),
+        lambda own, base: own[-1] / base[-1],
+        lambda own, base: sorted(a / b for a, b in zip(own, base))[len(own) // 2 - 1],
+        lambda own, base: sorted_middle([a / base[0] for a in own]),
+        lambda own, base: median_ratio(sorted(own), sorted(base)),
+        lambda own, base: [a / b for a, b in zip(own, base)],
+        lambda own, base: round(median_ratio(own, base), 2),
+    ],
+    "merge-switch": [
+        fold_as_published,
+        fold_once_and_subtract,
+        fold_without_a_copy,
+        fold_and_forget,
+        fold_and_keep,
+        folding(update=lambda layer: layer.B @ layer.A),
+        folding(update=lambda layer: -layer.s * layer.B @ layer.A),
+        folding(after=lambda layer: layer.A.data.zero_()),
+        folding(after=lambda layer: setattr(layer, "s", 0.0)),
+        folding(after=lambda layer: layer.float()),
+        lambda layer, merge: fold_or_not(layer, not merge),
+        lambda layer, merge: fold_or_not(layer, True),
+        lambda layer, merge: layer.weight.data.mul_(1),
+        lambda layer, merge: (fold_or_not(layer, merge), layer)[1],
+    ],
+    "as-one": [
+        lambda *given: stacked(*given, factor=lambda w, s: w),
+        lambda *given: stacked(*given, factor=lambda w, s: s),
+        lambda *given: stacked(*given, factor=lambda w, s: 1),
+        lambda *given: stacked(*given, factor=lambda w, s: w * s / len(given[0])),
+        lambda As, Bs, scales, weights: stacked([w * A for w, A in zip(weights, As)], Bs, scales, weights),
+        lambda As, Bs, scales, weights: stacked(As[::-1], Bs, scales, weights),
+        lambda As, Bs, scales, weights: stacked(As, Bs, scales, [abs(w) for w in weights]),
+        lambda As, Bs, scales, weights: stacked(As[:1], Bs[:1], scales, weights),
+        lambda *given: stacked(*given)[::-1],
+        lambda *given: tuple(M.T for M in stacked(*given)),
+        lambda *given: tuple(M.float() for M in stacked(*given)),
+        lambda *given: stacked(*given)[1] @ stacked(*given)[0],
+        summed_factors,
+        whole_update,
+        stacked_in_place,
+    ],
+    "ties": [
+        lambda deltas, density: deltas.mean(0),
+        lambda deltas, density: deltas.sum(0),
+        lambda deltas, density: elected_mean(deltas, density, trim=lambda d: d),
+        lambda deltas, density: elected_mean(deltas, 1 - density),
+        lambda deltas, density: elected_mean(deltas, density, trim=lambda d: torch.where(d.flatten(1).argsort(1).argsort(1).view_as(d) >= d[0].numel() - int(density * d[0].numel()), d, 0)),
+        lambda deltas, density: elected_mean(deltas, density, trim=lambda d: torch.where(d.abs() >= d.abs().flatten().topk(int(density * d.numel())).values[-1], d, 0)),
+        lambda deltas, density: elected_mean(deltas, density, elect=lambda d, t: t.sign().sum(0).sign()),
+        lambda deltas, density: elected_mean(deltas, density, elect=lambda d, t: d.sum(0).sign()),
+        lambda deltas, density: elected_mean(deltas, density, elect=lambda d, t: -t.sum(0).sign()),
+        lambda deltas, density: elected_mean(deltas, density, elect=lambda d, t: t[0].sign()),
+        lambda deltas, density: elected_mean(deltas, density, count=lambda t: 1),
+        lambda deltas, density: elected_mean(deltas, density, count=len),
+        lambda deltas, density: elected_mean(deltas, density, count=lambda t: (t != 0).sum(0).clamp(min=1)),
+        lambda deltas, density: elected_mean(deltas, density) / density,
+        lambda deltas, density: elected_mean(deltas, density).double(),
+        lambda deltas, density: elected_mean(deltas, density).T,
+        lambda deltas, density: elected_mean(deltas.mul_(density), density),
+    ],
+    "gathered-update": [
+        lambda *given: gathered(*given, k=lambda which, U: which, scale=lambda which, s, k: s[k]),
+        lambda *given: gathered(*given, scale=lambda which, s, k: s[k]),
+        lambda *given: gathered(*given, k=lambda which, U: torch.arange(len(which)) % U),
+        lambda *given: gathered(*given, k=lambda which, U: 0 * which),
+        lambda *given: gathered(*given, k=lambda which, U: which[:1].clamp(min=0).expand_as(which)),
+        lambda *given: gathered(*given, scale=lambda which, s, k: (which >= 0).float()),
+        lambda *given: gathered(*given, scale=lambda which, s, k: s[0] * (which >= 0)),
+        lambda *given: gathered(*given, scale=lambda which, s, k: s[k].sqrt() * (which >= 0)),
+        lambda x, A, B, s, which: gathered(x, A, B, s, which) * 0,
+        lambda x, A, B, s, which: gathered(x, A.mean(0, keepdim=True).expand_as(A), B, s, which),
+        lambda x, A, B, s, which: gathered(x, B.mT, A.mT, s, which) if A.shape[2] == B.shape[1] else gathered(x, A, B, s, which) * 2,
+        lambda *given: gathered(*given).mT,
+        lambda *given: gathered(*given)[:1],
+        lambda *given: gathered(*given).double(),
+        lambda *given: gathered(*given) * math.nan,
+        lambda x, A, B, s, which: gathered(x, A, B, s, which.clamp_(min=0)),
+    ],
+}
+
+
 def stub(*args):
     """What a student finds: nothing but this text."""
     ...
@@ -1545,6 +1795,11 @@ def test_a_stub_is_not_attempted(id, answer):
         ("decode-nf4", lambda p, s, l, b, n: decoded(p, s, l, b, n, order=(1, 0)), "the wrong order"),
         ("bits-per-weight", lambda b, n: bits(b, n) / 8, "these are bytes"),
         ("double-quantize", lambda s, l, n: scales_twice(s, l, n, offset=lambda s: s.new_zeros(())), "not subtracted first"),
+        ("products-and-chain", lambda stages, adapted, way: (chain_of(stages, adapted, way)[0], len(stages)), "the chain of the bare model"),
+        ("slowdown", lambda own, base: sorted_middle(own) / sorted_middle(base), "the ratio of the medians"),
+        ("as-one", summed_factors, "B_1 A_2"),
+        ("ties", lambda d, density: elected_mean(d, density, count=len), "divided by all n"),
+        ("gathered-update", lambda *given: gathered(*given, k=lambda which, U: which, scale=lambda which, s, k: s[k]), "-1 is the last adapter"),
     ],
 )
 def test_the_likely_mistake_is_named(id, answer, words):
@@ -1595,6 +1850,8 @@ def test_ch08_without_an_emulator_an_attempt_is_not_checked_and_a_stub_is_not_at
         (ch07_nf4, "_quantile_levels", lambda above, below, offset: [0.0] * (above + below + 1), "nf4-levels", quantile_levels),
         (ch09_qlora, "_decoded", lambda codes, absmax: torch.zeros(codes.shape).double(), "qlora-backward", qlora_gradients),
         (ch02_soft_prompts, "_encoded", lambda E, W, b: E, "p-tuning-mlp", encoder),
+        (ch10_merge_and_serve, "_ties", lambda deltas, density: deltas.mean(0).double(), "ties", elected_mean),
+        (ch10_merge_and_serve, "_switch_reason", lambda value, right, change, near: None, "merge-switch", fold_or_not),
     ],
 )
 def test_the_vacuity_guard_reports_a_check_whose_oracle_shows_nothing(monkeypatch, module, oracle, lie, id, right):
