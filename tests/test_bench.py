@@ -87,3 +87,10 @@ def test_of_rivals_a_slow_one_leaves_after_its_first_turn(monkeypatch):
         "ours": [5.0, 5.0], "one": [2.0, 2.0], "third": [2.9, 2.9]}
     rows = bench.rows_of("qlora", turns(ours=[1.0], peft=[2.0], peft_bf16=[]))
     assert [r["ratio"] for r in rows] == [0.5, 0.5]
+
+
+def test_readme_shows_every_figure_as_it_was_measured():
+    rows = json.loads((bench.REPOSITORY / "data" / "results" / "bench.json").read_text())["rows"]
+    shown = (bench.REPOSITORY / "README.md").read_text().splitlines()
+    missing = [line for line in bench.markdown(rows).splitlines() if line not in shown]
+    assert rows and not missing, f"python tests/bench.py --table has what README should show: {missing}"
