@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from . import anatomy, sockets
+from . import anatomy, packing, sockets
 from .quant.linear4bit import Linear4bit, quantize
 from .training import CrossEntropy
 
@@ -477,7 +477,7 @@ def _shortened(model: nn.Module, path: str, blocks: nn.ModuleList, depth: int) -
 
 def _one_pass(model: nn.Module, batch: int, seq: int, targets: int, lists: list[str]) -> dict[str, int]:
     """Forward and backward as mp.fit does them, and the bytes alive by stage; see `_measure`."""
-    live, handles, births = Live(known=model), [], []
+    live, handles, births = Live(known=model), contextlib.ExitStack(), []
 
     def when_gradient_comes(hidden, *stretches: str) -> None:
         if isinstance(hidden, Tensor) and hidden.requires_grad:
@@ -495,13 +495,13 @@ def _one_pass(model: nn.Module, batch: int, seq: int, targets: int, lists: list[
             x = args[0] if args else kwargs.get("hidden_states")
             when_gradient_comes(x, *((before,) if middle else (before, within)))
 
-        handles.append(blocks[-1].register_forward_pre_hook(last, with_kwargs=True))
+        handles.callback(blocks[-1].register_forward_pre_hook(last, with_kwargs=True).remove)
         if middle:
-            handles.append(blocks[0].register_forward_hook(first))
+            handles.callback(blocks[0].register_forward_hook(first).remove)
 
     def at_head(module, args):                                   # as sockets.only_at, with fixed shapes
         births.append(live.births)
-        h = args[0]                                              # (B, T, d)
+        h = args[0].reshape(batch, -1, args[0].shape[-1])        # (B, T, d), also where all rows lie in one
         rows = torch.arange(batch).repeat_interleave(targets)    # (N,), N = B × targets
         columns = torch.arange(h.shape[1] - targets, h.shape[1]).repeat(batch)
         return (h[rows, columns], *args[1:])                     # (N, d)
@@ -519,10 +519,12 @@ def _one_pass(model: nn.Module, batch: int, seq: int, targets: int, lists: list[
     else:
         inputs |= {"use_cache": False}                           # padded on the right: no mask
     try:
+        if handles.enter_context(packing.switched(model, seq)):
+            inputs = packing.inputs(ids.tolist())
         for path in lists:
             watch(path)
         if head is not None:
-            handles.append(head.register_forward_pre_hook(at_head))
+            handles.callback(head.register_forward_pre_hook(at_head).remove)
         with live, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="adapter .* did not run")  # those of the left-out blocks
             logits = model(**inputs).logits                      # (N, V), or (B, classes)
@@ -536,8 +538,7 @@ def _one_pass(model: nn.Module, batch: int, seq: int, targets: int, lists: list[
             loss.backward()
             live.mark("after")
     finally:
-        for handle in handles:
-            handle.remove()
+        handles.close()
     model.zero_grad(set_to_none=True)
     return kept | live.peaks
 

@@ -10,10 +10,10 @@ kind the loss is the mean cross-entropy over the completion's tokens and the end
 Three things make it light. (1) The output head runs only where the next token is a target, so the
 prompt never becomes vocabulary-sized logits; the last token, which nothing follows, is not read.
 (2) A batch is sorted by length and cut into passes of at most `max_tokens` tokens, whose gradients
-add up to the batch's; memory follows the pass, not the batch, and little is padding. (3) A decoder
-is padded on the right, where causal attention never looks, so it needs no attention mask. On a CPU
-passes run side by side, one core each, which is faster than all cores in each matrix product of one
-pass.
+add up to the batch's; memory follows the pass, not the batch, and little is padding. (3) On a CPU the rows of a decoder lie
+behind one another in one sequence, without padding (packing.py); where that cannot be, it is padded on
+the right, where causal attention never looks, so it needs no attention mask. On a CPU passes run side
+by side, one core each, which is faster than all cores in each matrix product of one pass.
 
 Every random number is a function of (seed, step), so a run that was killed goes on from its last
 checkpoint and ends, on a CPU, with the same weights to the bit.
@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import profiles, sockets
+from . import packing, profiles, sockets
 
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
@@ -55,8 +55,8 @@ class FitConfig:
     steps         optimizer steps; None takes as many as `epochs` passes over the data need
     batch_size    examples behind one optimizer step
     shuffle       each epoch in an order of its own; False keeps the order of the data
-    max_tokens    tokens on their way at one time, padding included: a batch is cut into as many passes
-                  as that takes and their gradients are accumulated
+    max_tokens    tokens on their way at one time, with the padding where there is any: a batch is cut into
+                  as many passes as that takes and their gradients are accumulated
     lr, schedule  peak rate; after the warm-up it falls along a cosine or a line to 0, or stays
     warmup        share of the steps in which the rate climbs from 0
     optimizer     "adamw"; "adamw8bit" keeps its two states in a byte each instead of four, and
@@ -75,7 +75,7 @@ class FitConfig:
     epochs: float = 1
     batch_size: int = 16
     shuffle: bool = True
-    max_tokens: int = 512
+    max_tokens: int = 1024
     lr: float = 1e-3
     schedule: str = "cosine"
     warmup: float = 0.05
@@ -199,13 +199,27 @@ def encode(model: nn.Module, tokenizer, data: Sequence[dict]) -> list[Row]:
     return rows
 
 
-def passes(rows: list[Row], max_tokens: int, lanes: int = 1) -> list[list[Row]]:
-    """The rows sorted by length, longest first, and cut so that rows × longest ≤ max_tokens.
+def passes(rows: list[Row], max_tokens: int, lanes: int = 1, packed: bool = False) -> list[list[Row]]:
+    """The rows in passes of at most `max_tokens` tokens, a row longer than that alone.
 
-    A row longer than that goes alone. Of all limits that give as few passes (or as few for each of
-    `lanes` side by side), the smallest is taken: passes of equal size need the least memory and
-    waste the least padding.
+    Padded: sorted by length, longest first, and cut so that rows × longest ≤ max_tokens. Of all limits
+    that give as few passes (or as few for each of `lanes` side by side), the smallest is taken: passes
+    of equal size need the least memory and waste the least padding. Packed: any rows may go together,
+    and each goes to the pass that has the fewest tokens yet.
     """
+    rows = sorted(rows, key=len, reverse=True)
+    if packed:
+        count = lanes * math.ceil(sum(map(len, rows)) / max_tokens / lanes)
+        while True:
+            chunks, sizes = [[] for _ in range(count)], [0] * count
+            for row in rows:
+                emptiest = sizes.index(min(sizes))
+                chunks[emptiest].append(row)
+                sizes[emptiest] += len(row)
+            if all(size <= max_tokens or len(c) == 1 for c, size in zip(chunks, sizes, strict=True)):
+                return [c for c in chunks if c]
+            count += lanes
+
     def cut(limit: int) -> list[list[Row]]:
         chunks = [[rows[0]]]
         for row in rows[1:]:
@@ -214,7 +228,6 @@ def passes(rows: list[Row], max_tokens: int, lanes: int = 1) -> list[list[Row]]:
             chunks[-1].append(row)
         return chunks
 
-    rows = sorted(rows, key=len, reverse=True)
     fewest = math.ceil(len(cut(max_tokens)) / lanes) * lanes
     limits = range(max_tokens // 32, max_tokens, max(1, max_tokens // 32))
     return next((c for c in map(cut, limits) if len(c) <= fewest), cut(max_tokens))
@@ -270,9 +283,29 @@ class CrossEntropy(torch.autograd.Function):
         return gradient.mul_(grad), None
 
 
-def loss_of(model: nn.Module, rows: list[Row], pad: int) -> tuple[Tensor, Tensor | None, int]:
+def loss_of(model: nn.Module, rows: list[Row], pad: int, packed: bool = False) -> tuple[Tensor, Tensor | None, int]:
     """One forward pass: (sum of the targets' cross-entropies, targets guessed right, targets). What is
-    guessed right is counted outside training only: None where gradients are kept."""
+    guessed right is counted outside training only: None where gradients are kept. `packed`: without
+    padding, within `packing.one_sequence`."""
+    if packed:
+        logits, targets = _packed(model, rows)
+    else:
+        logits, targets = _padded(model, rows, pad)
+    loss = CrossEntropy.apply(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
+    right = None if torch.is_grad_enabled() else (logits.argmax(-1) == targets).sum()
+    return loss, right, len(targets)
+
+
+def _packed(model: nn.Module, rows: list[Row]) -> tuple[Tensor, Tensor]:
+    """The logits (N, V) that predict the targets (N,), from one sequence of all rows."""
+    before = torch.tensor([[i + 1 >= r.start for r in rows for i in range(len(r.ids) - 1)]])  # (1, Σ T_row)
+    with sockets.only_at(model.get_output_embeddings(), before):
+        logits = model(**packing.inputs([r.ids[:-1] for r in rows])).logits                   # (N, V)
+    return logits, torch.tensor([i for r in rows for i in r.ids[r.start:]])
+
+
+def _padded(model: nn.Module, rows: list[Row], pad: int) -> tuple[Tensor, Tensor]:
+    """The logits (N, V) that predict the targets (N,), from rows of equal length; of a classifier one each."""
     device = next(model.parameters()).device
     ids = _pad([r.ids for r in rows], pad, device)               # (B, T)
     lengths = torch.tensor([len(r.ids) for r in rows], device=device)
@@ -296,9 +329,7 @@ def loss_of(model: nn.Module, rows: list[Row], pad: int) -> tuple[Tensor, Tensor
         before = target[:, 1:]                                   # (B, T-1), the position that predicts it
         with sockets.only_at(head, before):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # (N, V)
-    loss = CrossEntropy.apply(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
-    right = None if torch.is_grad_enabled() else (logits.argmax(-1) == targets).sum()
-    return loss, right, len(targets)
+    return logits, targets
 
 
 class Lanes:
@@ -311,7 +342,8 @@ class Lanes:
 
     FEWEST = 64  # tokens a lane: with fewer, reading the weights costs more than the products
 
-    def __init__(self, model: nn.Module, max_tokens: int, one_at_a_time: bool = False):
+    def __init__(self, model: nn.Module, max_tokens: int, one_at_a_time: bool = False, packed: bool = False):
+        self.packed = packed
         self.cores, count = torch.get_num_threads(), 1
         if next(model.parameters()).device.type == "cpu" and not one_at_a_time:
             count = max(1, min(self.cores, max_tokens // self.FEWEST))
@@ -319,7 +351,7 @@ class Lanes:
         self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(each,)) if count > 1 else None
 
     def map(self, work: Callable, rows: list[Row]) -> Iterator:
-        chunks = passes(rows, self.tokens, self.count)
+        chunks = passes(rows, self.tokens, self.count, self.packed)
         return map(work, chunks) if self.pool is None else self.pool.map(work, chunks)
 
     def __enter__(self):
@@ -335,7 +367,7 @@ class Lanes:
 # Evaluation
 # ---------------------------------------------------------------------------------------------
 
-def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: int = 512,
+def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: int = 1024,
              precision: str = "auto") -> dict:
     """Mean loss over the targets and the share of them guessed right, dropout off.
 
@@ -349,10 +381,10 @@ def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: i
     try:
         def forward(chunk):
             with torch.no_grad(), _autocast(model, precision):
-                part, hits, n = loss_of(model, chunk, tokenizer.pad_token_id or 0)
+                part, hits, n = loss_of(model, chunk, tokenizer.pad_token_id or 0, lanes.packed)
                 return part.item(), hits.item(), n
 
-        with Lanes(model, max_tokens) as lanes:
+        with packing.one_sequence(model, max(map(len, rows))) as packed, Lanes(model, max_tokens, packed=packed) as lanes:
             for part, hits, n in lanes.map(forward, rows):
                 loss, right, targets = loss + part, right + hits, targets + n
     finally:
@@ -428,7 +460,8 @@ def fit(model: nn.Module, tokenizer, data: Sequence[dict], config: FitConfig = F
     model.train()
     try:
         with torch.random.fork_rng(devices), _interrupt_between_steps() as interrupted, bar, \
-                Lanes(model, config.max_tokens, _one_at_a_time(model, rows, weights, config)) as lanes:
+                packing.one_sequence(model, max(map(len, rows))) as packed, \
+                Lanes(model, config.max_tokens, _one_at_a_time(model, rows, weights, config), packed) as lanes:
             for step in range(start, steps):
                 entry = _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision, step, steps, lanes)
                 if step == start:
@@ -523,7 +556,7 @@ def _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision,
 
     def forward_and_backward(chunk):
         with _autocast(model, precision):
-            loss, _, _ = loss_of(model, chunk, tokenizer.pad_token_id or 0)
+            loss, _, _ = loss_of(model, chunk, tokenizer.pad_token_id or 0, lanes.packed)
         if not math.isfinite(value := loss.item()):
             raise NonFiniteLoss(_blame("loss", value, step, lr, precision, config))
         if lanes.pool is None:

@@ -126,12 +126,12 @@ def where(model, tokenizer, examples) -> dict:
     """Seconds of one of our steps by kind of operation, so that a ratio that falls short can be explained."""
     import torch
 
-    from minipeft import training
+    from minipeft import packing, training
     rows = training.encode(model, tokenizer, examples)
     model.train()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for chunk in training.passes(rows, 256):
-            training.loss_of(model, chunk, tokenizer.pad_token_id)[0].backward()
+    with packing.one_sequence(model, max(map(len, rows))) as packed, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for chunk in training.passes(rows, 512, 2, packed):
+            training.loss_of(model, chunk, tokenizer.pad_token_id, packed)[0].backward()
     kinds = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
              "attention": ("scaled_dot_product",), "softmax and loss": ("log_softmax", "nll_loss", "argmax")}
     times = dict.fromkeys([*kinds, "the rest"], 0.0)
@@ -159,15 +159,20 @@ def our_step(model, rows):
     import torch
 
     import minipeft as mp
-    from minipeft import training
+    from minipeft import packing, training
     config, steps, taken = mp.FitConfig(batch_size=len(rows), lr=1e-3, shuffle=False, progress=False), 10_000, itertools.count()
     weights = training.trainable(model)
     optimizer, scaler = training._optimizer(weights, config), torch.amp.GradScaler("cpu", enabled=False)
     precision = training._precision(model, config.precision)
-    lanes = training.Lanes(model, config.max_tokens, training._one_at_a_time(model, rows, weights, config))
+    context = packing.one_sequence(model, max(map(len, rows)))
+    packed = context.__enter__()                                 # and is left when the step is forgotten
+    lanes = training.Lanes(model, config.max_tokens, training._one_at_a_time(model, rows, weights, config), packed)
     model.train()
-    return lambda: training._step(model, rows, weights, optimizer, scaler, mp.base.tokenizer_of(model), config, precision,
-                                  next(taken), steps, lanes)
+
+    def step(context=context):
+        training._step(model, rows, weights, optimizer, scaler, mp.base.tokenizer_of(model), config, precision,
+                       next(taken), steps, lanes)
+    return step
 
 
 def peft_step(model, rows):

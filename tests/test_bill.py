@@ -13,7 +13,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import minipeft as mp
 from minipeft import bill as bills
-from minipeft import sockets
+from minipeft import packing, sockets
 from minipeft.training import Row, loss_of
 from tests.families import FAMILIES
 
@@ -181,9 +181,9 @@ def rows_for(model, batch, seq, targets):
 
 def measured(model, batch, seq, targets, autocast=False):
     """(bytes kept after the forward pass, most at any time) of one real pass with mp.fit's loss."""
-    with bills.Live(known=model) as live:
+    with packing.one_sequence(model, seq) as packed, bills.Live(known=model) as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = loss_of(model, rows_for(model, batch, seq, targets), 0)[0]
+            loss = loss_of(model, rows_for(model, batch, seq, targets), 0, packed)[0]
         kept = live.now
         loss.backward()
     return kept, live.peak
@@ -195,8 +195,8 @@ def profiled(model, batch, seq, targets):
     from torch.profiler import ProfilerActivity, profile
 
     rows = rows_for(model, batch, seq, targets)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        loss = loss_of(model, rows, 0)[0]
+    with packing.one_sequence(model, seq) as packed, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        loss = loss_of(model, rows, 0, packed)[0]
         with record_function("backward starts"):
             loss.backward()
     events = found.profiler.kineto_results.events()
@@ -304,6 +304,7 @@ def test_gradients_that_add_up_over_passes_bring_the_step_up_to_the_total():
 PROCESS = """
 import psutil, sys, torch
 import minipeft as mp
+from minipeft import packing
 from minipeft.training import Row, loss_of
 
 def status(key):
@@ -315,10 +316,11 @@ weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
 optimizer = torch.optim.AdamW(weights.values(), fused=True)
 model(torch.ones(1, 2, dtype=torch.long))                     # what the libraries load on first use
 before = status("VmRSS")
-for _ in range(2):
-    loss_of(model, [Row([5] * 65, start=49) for _ in range(8)], 0)[0].backward()
-    optimizer.step()
-    optimizer.zero_grad()
+with packing.one_sequence(model, 64) as packed:
+    for _ in range(2):
+        loss_of(model, [Row([5] * 65, start=49) for _ in range(8)], 0, packed)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
 print(status("VmHWM") - before)
 """
 
