@@ -181,7 +181,7 @@ def find(model: nn.Module, names: Sequence[Hashable]) -> dict[int, Adapter | Non
 
     `ValueError` for a name that is nowhere. All rows are looked up in one state of the shelf.
     """
-    shelf, attached = shelf_of(model), sockets.adapters(model)
+    shelf, attached = shelf_of(model), _attached(model)
     loaded = shelf.loaded if shelf is not None else {}
     whole = not sockets.merged_names(model)                      # else the base is not the base: activation says so
     found = {}
@@ -202,10 +202,14 @@ def find(model: nn.Module, names: Sequence[Hashable]) -> dict[int, Adapter | Non
     return found
 
 
+def _attached(model: nn.Module) -> dict[str, Adapter]:
+    return {name: a for name, a in sockets.adapters(model).items() if not isinstance(a.method, Serve)}
+
+
 def unknown(model: nn.Module, name: str) -> ValueError:
     """The error for a name that is neither on the shelf nor attached."""
-    shelf, attached = shelf_of(model), [n for n in sockets.adapters(model) if n != HOLDER]
-    known = [*(shelf.names if shelf else ()), *attached]
+    shelf = shelf_of(model)
+    known = [*(shelf.names if shelf else ()), *_attached(model)]
     near = difflib.get_close_matches(str(name), known, n=1)
     return ValueError(f"no adapter is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
                       + f" (loaded or attached: {', '.join(known[:8]) or 'none'}{', …' if len(known) > 8 else ''})")

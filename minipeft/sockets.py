@@ -277,7 +277,8 @@ def merge(model: nn.Module, name: str = "default", *, requantize: bool = False) 
     Returns the measured loss of rounding, ‖stored - merged‖ / ‖merged - base‖ by path, for every weight that
     was requantised or has 16 bits, and warns with the mean: from 1 on, rounding moves the weight as far as the
     adapter did. In float32 nothing is told: there it is 1e-7 of the weight.
-    Raises `TypeError` where the method's pieces cannot be folded, before anything is changed.
+    Raises `TypeError` where the method's pieces cannot be folded, and `ValueError` where another adapter that acts
+    on the same module would then do something else, both before anything is changed.
     """
     home, adapter = _home(model), the_adapter(model, name)
     if name in home.merged:
@@ -306,6 +307,7 @@ def merge(model: nn.Module, name: str = "default", *, requantize: bool = False) 
         twins = [twin for twin in owners[weight] if twin != path]
         if twins:
             raise ValueError(f"{path!r} shares its weight with {twins[0]!r}; merging would change both")
+    _check_company(home, name)
     lost = _refold(model, home, adapter, (*home.merged, name), requantize)
     if lost:
         again = requantize and hasattr(model.get_submodule(next(iter(lost))), "requantized")
@@ -436,6 +438,26 @@ def check_new_name(model: nn.Module, name: str) -> None:
                          f"(attached: {', '.join(home._modules)})")
     if hasattr(Adapters, name) or (home is not None and hasattr(home, name)):
         raise ValueError(f"name is {name!r}, which a module uses for itself; choose another")
+
+
+def _check_company(home: Adapters, name: str) -> None:
+    """`ValueError` where folding this adapter in first changes what another live one does at the same module.
+
+    It does not where both only add to y; where both only scale x; where x is scaled for the folded weight as it was
+    for the piece; and where the other comes later, works on y and does not look at the weight.
+    """
+    pieces = {n: home._modules[n].pieces() for n in home.live()}
+    for path, own in pieces[name].items():
+        for n in home.live():
+            other = pieces[n].get(path)
+            if other is None or n == name or isinstance(own, OwnHead) or isinstance(other, OwnHead):
+                continue
+            later = home.active.index(n) > home.active.index(name) and not getattr(other, "reads_weight", False)
+            scaled = hasattr(own, "before"), hasattr(other, "before")
+            added = getattr(own, "only_adds", False) and getattr(other, "only_adds", False)
+            if not (added or all(scaled) or (not scaled[0] and (scaled[1] or later))):
+                raise ValueError(f"adapters {n!r} and {name!r} both act on {path!r}, where {type(other).__name__} would no "
+                                 f"longer do the same with {name!r} folded into the weight; merge or deactivate {n!r} first")
 
 
 @torch.no_grad()
@@ -573,7 +595,7 @@ def own_heads(model: nn.Module) -> list[str]:
     """
     if getattr(model, "get_output_embeddings", lambda: model)() is not None:
         return []
-    head = anatomy.anatomy(model).head
+    head = anatomy.output_head(model)
     return [name for name, _ in model.named_children() if head is not None and name.endswith(head)]
 
 
@@ -614,6 +636,10 @@ def attention_sites(model: nn.Module) -> dict[str, tuple[int, int]]:
             if attention.kind == "self":
                 path = attention.projections[0].path.rpartition(".")[0]  # BERT: attention.self
                 _check_attention(model.get_submodule(path), path)
+                for p in attention.projections:
+                    if not p.parts:                              # then G and d are a guess
+                        raise TypeError(f"{p.path!r} makes keys or values in a way that is not known, so it is not known "
+                                        "how wide a prefix must be")
                 sites[path] = attention.num_kv_heads, attention.head_dim
     return sites
 
@@ -871,8 +897,8 @@ class RootPlug:
 def _nothing(model: nn.Module) -> int:
     """A token id that means neither padding nor an end."""
     text = model.config.get_text_config()
-    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-    return next(i for i in range(text.vocab_size) if i not in (text.pad_token_id, *ends))
+    pad, end = (getattr(text, f"{name}_token_id", None) for name in ("pad", "eos"))
+    return next(i for i in range(text.vocab_size) if i not in (pad, *(end if isinstance(end, list) else [end])))
 
 
 def _positions(model: nn.Module, ids, mask, past: int, T: int, device, start: int) -> Tensor:

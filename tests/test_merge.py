@@ -35,6 +35,9 @@ PAIRS = [(family, method) for family in ("llama", "gpt2", "t5") for method in ME
          if method != "BitFit" or family == "gpt2"]            # Llama and T5 have no bias
 
 
+TOGETHER = METHODS | {"adapter": mp.BottleneckAdapter(2, init_std=0.5), "beside": mp.BottleneckAdapter(2, "parallel", init_std=0.5)}
+
+
 def quietly(merge, *args, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -137,3 +140,38 @@ def test_a_merged_model_saves_and_computes_like_a_model_with_those_weights(tmp_p
     assert torch.equal(logits_of(plain), logits_of(model)) and not mp.adapters(plain)
     assert all(anatomy.is_linear(plain.get_submodule(p)) for p in mp.adapters(model)["default"].pieces())
     assert torch.equal(model.generate(**inputs("llama"), max_new_tokens=5), plain.generate(**inputs("llama"), max_new_tokens=5))
+
+
+@pytest.mark.parametrize("second", TOGETHER)
+@pytest.mark.parametrize("first", TOGETHER)
+def test_what_two_adapters_do_together_is_the_same_after_a_merge_or_the_merge_is_refused(first, second):
+    model = FAMILIES["gpt2"]().double()
+    for name, method in (("one", TOGETHER[first]), ("two", TOGETHER[second])):
+        random_state(mp.attach(model, method, name))
+    mp.activate(model, ["one", "two"])
+    expected, before = logits_of(model, "gpt2"), bytes_of(model.state_dict())
+    for name, method in (("one", first), ("two", second)):
+        if method not in METHODS:
+            continue
+        try:
+            mp.merge(model, name)
+        except ValueError as error:
+            assert f"and {name!r} both act on" in str(error) and "merge or deactivate" in str(error)
+            assert bytes_of(model.state_dict()) == before
+            assert {first, second} & {"DoRA", "(IA)³", "adapter", "beside"}   # what only adds is never refused
+        else:
+            assert distance(logits_of(model, "gpt2"), expected) < 1e-10
+            mp.unmerge(model, name)
+
+
+def test_a_merge_is_refused_only_where_it_would_change_something():
+    model = FAMILIES["gpt2"]().double()
+    random_state(mp.attach(model, mp.BottleneckAdapter(2, init_std=0.5), "behind"))
+    random_state(mp.attach(model, mp.LoRA(rank=2, targets="all-linear"), "low"))
+    mp.activate(model, ["behind", "low"])
+    with pytest.raises(ValueError, match="'behind' and 'low' both act on 'transformer.h.0.attn.c_proj'"):
+        mp.merge(model, "low")
+    mp.activate(model, ["low", "behind"])                          # now the adapter sees what LoRA has added
+    expected = logits_of(model, "gpt2")
+    mp.merge(model, "low")
+    assert distance(logits_of(model, "gpt2"), expected) < 1e-10

@@ -355,6 +355,8 @@ def test_errors_name_the_thing_and_what_is_accepted(tmp_path):
     expected = answers(model, ["5 6"], 4, adapters=["french"])
     with pytest.raises(ValueError, match=r"'frnch'; did you mean 'french'\? \(loaded or attached: french, german\)"):
         answers(model, ["5", "6"], adapters=["french", "frnch"])
+    with pytest.raises(ValueError, match="no adapter is called 'serve'"):
+        answers(model, ["5"], adapters=["serve"])
     with pytest.raises(ValueError, match="no adapter is called 'polish'"):
         shelf.unload("polish")
     other = save(tmp_path, METHODS["low"], "other", "gpt2")

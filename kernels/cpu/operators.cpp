@@ -164,18 +164,20 @@ Tensor product(const Tensor& x, const Tensor& packed, const Tensor& absmax, std:
     // Many rows: a panel of W is decoded, and the BLAS multiplies with it while it is still in the caches.
     if (x.scalar_type() == at::kBFloat16 && has_bf16_products()) type = at::kBFloat16;
     flat = flat.to(type);
-    Tensor y = transposed ? at::zeros({rows, out}, flat.options()) : at::empty({rows, out}, flat.options());
+    Tensor y = at::empty({rows, out}, flat.options());
     std::int64_t height = std::clamp<std::int64_t>(PANEL / std::max<std::int64_t>(columns, 1), 1, outputs);
     Tensor buffer = at::empty({height, columns}, flat.options().dtype(type == at::kDouble ? at::kFloat : type));
     for (std::int64_t o = 0; o < outputs; o += height) {
         Tensor panel = buffer.narrow(0, 0, std::min(height, outputs - o));
         decode(packed, scales, block_size, panel, o * columns, o * columns + panel.numel(), false);
         panel = panel.to(type);
-        if (transposed) {
-            y.addmm_(flat.narrow(1, o, panel.size(0)), panel);
-        } else {
+        if (!transposed) {
             Tensor part = y.narrow(1, o, panel.size(0));
             at::mm_out(part, flat, panel.t());
+        } else if (o == 0) {
+            at::mm_out(y, flat.narrow(1, o, panel.size(0)), panel);
+        } else {
+            y.addmm_(flat.narrow(1, o, panel.size(0)), panel);
         }
     }
     return y.to(x.scalar_type()).view(sizes);

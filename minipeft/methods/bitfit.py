@@ -39,6 +39,8 @@ class BitFit:
 class BiasChange(nn.Module):
     """y' = y + d on one module. y (…, out), d (out,)."""
 
+    only_adds = True
+
     def __init__(self, module: nn.Module):
         super().__init__()
         self.d = nn.Parameter(torch.zeros(module.bias.shape, **trainable_like(module)))

@@ -52,6 +52,8 @@ class Decomposed(LowRank):
     y' = y + c V x̃ - W x̃, x̃ = dropout(x).
     """
 
+    only_adds, reads_weight = False, True
+
     def __init__(self, dora: DoRA, module: nn.Module):
         super().__init__(dora, *anatomy.linear_shape(module), anatomy.weight_of(module), **trainable_like(module))
         self.module = (module,)                  # in a tuple: the base's, not a part of this piece

@@ -79,8 +79,9 @@ class LoRA:
         return self.rank * (in_features + out_features)
 
     def pieces(self, model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+        modules = anatomy.base_modules(model)
         for path in anatomy.match(model, self.targets):
-            module = model.get_submodule(path)
+            module = modules[path]
             out_features, in_features = anatomy.linear_shape(module)
             W = anatomy.weight_of(module) if self.init == "pissa" else None
             yield "module", path, LowRank(self, out_features, in_features, W, **trainable_like(module))
@@ -88,6 +89,8 @@ class LoRA:
 
 class LowRank(nn.Module):
     """y' = y + s B A x on one module. x (…, in), y (…, out). PiSSA looks at the frozen weight W (out, in)."""
+
+    only_adds = True                             # to y, something that does not depend on y or on the weight
 
     def __init__(self, lora: LoRA, out_features: int, in_features: int, W: Tensor | None = None, device=None,
                  dtype=None):
