@@ -1,6 +1,6 @@
 """Where is what in a transformer: embedding, blocks, attention, feed-forward, projections, head.
 
-Nothing here knows an architecture by name. A part is recognised by its role:
+Nothing here knows an architecture by name, with one exception below. A part is recognised by its role:
 
     block          an item of a ModuleList that holds an attention
     attention      linears called q…, k…, v… (apart or fused), and the one after them that gives back
@@ -14,8 +14,9 @@ fuse q, k, v into one matrix. With H query heads, G key/value heads and heads of
     consecutive   q (H d) | k (G d) | v (G d)               c_attn, qkv_proj, Wqkv: GPT-2, Phi-3, MPT
     grouped       G times  q (H/G d) | k (d) | v (d)        query_key_value: GPT-NeoX, BLOOM, Falcon
 
-The name tells the two apart; nothing in the shapes does. CodeGen and GPTBigCode without multi_query follow
-neither, and their rows would be given wrongly.
+The name tells the two apart; nothing in the shapes does. GPTBigCode says in an attribute that it is grouped.
+CodeGen says nothing: 4 times q | v | k, known by the name of its class. Attention that makes keys and values in
+two steps (DeepSeek: kv_a_proj_with_mqa, kv_b_proj) has no such rows, and none are given.
 """
 
 import difflib
@@ -48,7 +49,7 @@ class Projection:
     def rows(self, part: str) -> torch.Tensor:
         """The output rows that make `part`: LongTensor (rows of the part,), on the CPU. KeyError if none do."""
         if part not in self.parts:
-            has = ", ".join(self.parts) or "unknown, for its width fits no layout of fused q, k, v"
+            has = ", ".join(self.parts) or "unknown, for it fits no layout of fused q, k, v"
             raise KeyError(f"{self.path} has no part {part!r} (parts: {has})")
         return torch.cat([torch.arange(r.start, r.stop, device="cpu") for r in self.parts[part]])
 
@@ -196,14 +197,15 @@ def anatomy(model: nn.Module) -> Anatomy:
     embedding = model.get_input_embeddings()
     return Anatomy(
         embedding=next(path for path, m in modules.items() if m is embedding),
-        head=_head(model, modules),
+        head=output_head(model),
         blocks=tuple(blocks),
         hidden_size=blocks[0].attentions[0].projections[0].in_features,
     )
 
 
-def _head(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
-    """The output embedding; else the last part beside the base model that has a linear (a classifier)."""
+def output_head(model: nn.Module) -> str | None:
+    """The path of the head: the output embedding; else the last part beside the base model that has a linear (a classifier)."""
+    modules = base_modules(model)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None:
         return next(path for path, m in modules.items() if m is output)
@@ -265,24 +267,30 @@ def _attention(modules: dict[str, nn.Module], holder: str, config, index: int) -
     d = (width["o"][1] if "o" in width else width["q"][0]) // H  # o takes H heads of width d
     kv = width["qkv"][0] - H * d if "qkv" in width else width["kv"][0] if "kv" in width else 2 * width["k"][0]
     G = kv // (2 * d)
-    parts = {p: _divide(p, role, shapes[p][0], H, G, d) for p, role in roles.items()}
+    parts = {p: _divide(modules[holder], p, role, shapes[p][0], H, G, d) for p, role in roles.items()}
+    if len({*roles.values()}) < len(roles):  # keys and values in two steps: neither has rows of its own
+        parts = {p: found if roles[p] == "o" else {} for p, found in parts.items()}
     projections = tuple(_projection(p, role, modules[p], parts[p]) for p, role in roles.items())
     cross = index > 0 or "cross" in path[len(block) :].lower()
     return Attention(path, "cross" if cross else "self", projections, H, G, d)
 
 
-def _divide(path: str, role: str, total: int, H: int, G: int, d: int) -> Parts:
+def _divide(attention: nn.Module, path: str, role: str, total: int, H: int, G: int, d: int) -> Parts:
     """How a projection's output rows divide; {} where H, G and d do not account for all `total` of a fused one."""
     if role not in ("qkv", "kv"):
         return {role: [range(total)]}
     heads = {"q": H, "k": G, "v": G}
     if G < 1 or H % G or total != sum(heads[part] for part in role) * d:
         return {}
-    groups = G if "key_value" in _split(path)[1] else 1
+    order, groups = role, 1
+    if "key_value" in _split(path)[1] or getattr(attention, "multi_query", True) is False:
+        groups = G
+    elif type(attention).__name__ == "CodeGenAttention":
+        order, groups = "qvk", 4
     parts: Parts = {part: [] for part in role}
     start = 0
     for _ in range(groups):
-        for part in role:
+        for part in order:
             stop = start + heads[part] // groups * d
             parts[part].append(range(start, stop))
             start = stop
@@ -348,7 +356,7 @@ def match(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         if target == "attention":
             wanted.update(p.path for block in anatomy(model).blocks for a in block.attentions for p in a.projections)
         elif target == "all-linear":
-            head = _head(model, modules)
+            head = output_head(model)
             wanted.update(path for path, m in modules.items() if is_linear(m) and not (head and _inside(path, head)))
         elif isinstance(targets, str) and not re.fullmatch(r"[\w.]+", target):
             wanted.update(_by_expression(modules, target))
