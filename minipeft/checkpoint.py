@@ -194,11 +194,11 @@ _PREFIX = (*_SIZES, "prefix_projection", "encoder_hidden_size", "init_weights")
 
 
 def _prompt_fields(method: PromptTuning, model: nn.Module, pieces: dict) -> dict:
-    blocks = anatomy.anatomy(model).blocks
+    text = model.config.get_text_config()                        # PEFT wants heads and layers, and does not use them
     _, embedding = sockets.embedding_site(model)
     return {"num_virtual_tokens": method.length, "token_dim": embedding.weight.shape[1],
-            "num_transformer_submodules": 1, "num_attention_heads": blocks[0].attentions[0].num_heads,
-            "num_layers": len(blocks), "prompt_tuning_init": "RANDOM"}
+            "num_transformer_submodules": 1, "num_attention_heads": getattr(text, "num_attention_heads", 1),
+            "num_layers": getattr(text, "num_hidden_layers", 1), "prompt_tuning_init": "RANDOM"}
 
 
 def _p_tuning_fields(method: PTuning, model: nn.Module, pieces: dict) -> dict:
@@ -633,13 +633,13 @@ def _targeted(model: nn.Module, config: dict, heads: list[str]) -> list[str]:
                 break
         found = [path for path in found if numbers[path] and int(numbers[path][1]) in layers]
     if not found:
-        linear = dict.fromkeys(p.rpartition(".")[2] for p in paths if anatomy.is_linear(model.get_submodule(p)))
+        linear = dict.fromkeys(p.rpartition(".")[2] for p in paths if anatomy.is_linear(paths[p]))
         raise ValueError(f"target_modules is {targets!r}, which means no module of this {type(model).__name__} "
                          f"(modules: {', '.join(linear)})")
     for path in found:
-        if not anatomy.is_linear(model.get_submodule(path)):
+        if not anatomy.is_linear(paths[path]):
             raise ValueError(f"target_modules is {targets!r}, which means {path}, a "
-                             f"{type(model.get_submodule(path)).__name__}; accepted are linear modules")
+                             f"{type(paths[path]).__name__}; accepted are linear modules")
     return found
 
 

@@ -629,17 +629,21 @@ def attention_sites(model: nn.Module) -> dict[str, tuple[int, int]]:
     The self-attention of every layer; of an encoder-decoder, of the decoder's layers alone.
     """
     found = anatomy.anatomy(model)
-    blocks = found.decoder if getattr(model.config, "is_encoder_decoder", False) else found.blocks
-    sites = {}
+    blocks, sites = found.blocks, {}
+    if getattr(model.config, "is_encoder_decoder", False):
+        blocks = found.decoder
+        for path, module in model.get_decoder().named_modules():
+            if "Position" in type(module).__name__:                  # BART; T5 adds a bias for distances instead
+                raise TypeError(f"{path!r} ({type(module).__name__}) of the decoder counts positions by itself, so the "
+                                "text cannot be moved behind a prefix")
     for block in blocks:
         for attention in block.attentions:
             if attention.kind == "self":
                 path = attention.projections[0].path.rpartition(".")[0]  # BERT: attention.self
                 _check_attention(model.get_submodule(path), path)
-                for p in attention.projections:
-                    if not p.parts:                              # then G and d are a guess
-                        raise TypeError(f"{p.path!r} makes keys or values in a way that is not known, so it is not known "
-                                        "how wide a prefix must be")
+                if not all(p.parts for p in attention.projections):      # then G and d are a guess
+                    raise TypeError(f"{path!r} makes queries, keys and values in several steps, or fused in an unknown "
+                                    "order; how wide a prefix must be is not known there")
                 sites[path] = attention.num_kv_heads, attention.head_dim
     return sites
 
