@@ -67,7 +67,7 @@ predicted = {"percent of BERT-base": None, "prompt vectors to one position": Non
 BASE = profiles.base_model()
 model, tokenizer = mp.load_base(BASE)
 names = sorted({e["card"] for e in mp.load_data("drug_cards")})
-chosen = mp.pick(smoke=2, cpu=8, gpu=48)
+chosen = mp.pick(smoke=2, cpu=6, gpu=48)
 few = names[:: len(names) // chosen][:chosen]
 cards = {split: [e for e in mp.load_data("drug_cards", split) if e["card"] in few] for split in ("train", "test")}
 
@@ -481,7 +481,7 @@ lab.table(rows, f"{length} positions; a LoRA of rank 1 has {lora_size:,}")
 # Each has one rate of its own. None is swept here, so a row might gain from another.
 
 # %%
-plan = mp.FitConfig(steps=mp.pick(smoke=2, cpu=32, gpu=150), batch_size=mp.pick(smoke=2, cpu=8, gpu=16), lr=1e-2, warmup=0.1)
+plan = mp.FitConfig(steps=mp.pick(smoke=2, cpu=30, gpu=150), batch_size=mp.pick(smoke=2, cpu=6, gpu=16), lr=1e-2, warmup=0.1)
 torch.manual_seed(0)
 adapter = mp.attach(model, starts["real keys and values"])
 assert mp.parameter_report(model).trainable == length * per_prefix
@@ -574,7 +574,7 @@ figure
 
 # %%
 draw = random.Random(0)
-facts = [{"prompt": f"{name}\n", "completion": f" {draw.randrange(1000):03d}"} for name in draw.sample(names, mp.pick(smoke=4, cpu=10, gpu=64))]
+facts = [{"prompt": f"{name}\n", "completion": f" {draw.randrange(1000):03d}"} for name in draw.sample(names, mp.pick(smoke=4, cpu=8, gpu=64))]
 half = rf"model\.layers\.({'|'.join(str(i) for i in range(0, L, 2))})\.self_attn\.v_proj"
 
 def filler(n: int) -> tuple[int, ...]:
@@ -594,7 +594,7 @@ def facts_right(model) -> int:
 
 # %%
 RATES = {"prompt": 3e-2, "prefix": 3e-2, "LoRA": 1e-2}
-memory_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=30, gpu=150), batch_size=len(facts), warmup=0.1, progress=False)
+memory_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=24, gpu=150), batch_size=len(facts), warmup=0.1, progress=False)
 
 def memorise(kind: str, n: int) -> dict:
     """Train one contestant on the facts; how many it then has, and how many bits that is."""
