@@ -204,7 +204,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def output_head(model: nn.Module) -> str | None:
-    """The path of the head: the output embedding; else the last part beside the base model that has a linear (a classifier)."""
+    """The path of the head: the output embedding; else the last part beside the base that has a linear (a classifier)."""
     modules = base_modules(model)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None:
@@ -222,9 +222,11 @@ def _block(modules: dict[str, nn.Module], config) -> Block | None:
     attentions = tuple(_attention(modules, holder, config, i) for i, holder in enumerate(holders))
     if not attentions:
         return None
-    # BLOOM and MPT do not say whether they look ahead; of those that do not, only decoders keep a cache
+    # BLOOM, MPT and LongT5 do not say whether they look ahead; of those that do not, only decoders keep a cache,
+    # and of an encoder-decoder, only the decoder has two attentions
     causal = [m.is_causal for p, m in modules.items() if _inside(p, attentions[0].path) and hasattr(m, "is_causal")]
-    decoder = len(attentions) > 1 or (causal[0] if causal else hasattr(config, "use_cache"))
+    alone = hasattr(config, "use_cache") and not getattr(config, "is_encoder_decoder", False)
+    decoder = len(attentions) > 1 or (causal[0] if causal else alone)
     rest = {p: m for p, m in modules.items() if not _inside(p, *(a.path for a in attentions))}
     feed_forward = _feed_forward(rest, hidden=attentions[0].projections[0].in_features)
     return Block(path, "decoder" if decoder else "encoder", attentions, feed_forward)
