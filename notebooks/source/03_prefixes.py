@@ -292,12 +292,8 @@ def prefix_of_a_prompt(
 
 check.prefix_of_a_prompt(prefix_of_a_prompt)
 
-# %% [markdown]
-# Now on the real model, all layers at once: `init="text"` does it. The assertion says that the model answers as if the text stood in front of the question.
-#
-# So in a causal model a prefix can do all that a prompt of the same length can. The other way round fails, and counting shows why. For each position a soft prompt chooses `width` numbers, and the frozen layers make all keys and values from them. A prefix chooses those keys and values freely.
-
 # %%
+# Now on the real model, all layers at once: init="text" does it. The model answers as if the text stood in front of the question.
 text = "Answer in five fields, one line.\n"
 words = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)["input_ids"]
 adapter = mp.attach(model, mp.PrefixTuning(words.shape[1], reparameterize=False, init="text", text=text))
@@ -312,6 +308,8 @@ per_prefix = mp.PrefixTuning(1, reparameterize=False).parameter_count(L, G * d)
 print(f"one position: a soft prompt chooses {per_prompt:,} numbers, a prefix {per_prefix:,}, {per_prefix / per_prompt:g} times as many")
 
 # %% [markdown]
+# So in a causal model a prefix can do all that a prompt of the same length can. The other way round fails, and counting shows why. For each position a soft prompt chooses `width` numbers, and the frozen layers make all keys and values from them. A prefix chooses those keys and values freely.
+#
 # ### Exercise 4: how much does a query look at the prefix? · 10 minutes · medium
 #
 # Compute $\lambda$ for each query: the share of its attention weight that lies on the prefix. One head, no causal mask. You will apply the same measure to the trained model below.
@@ -368,10 +366,9 @@ def fold_prefix(
 
 check.fold_prefix(fold_prefix)
 
-# %% [markdown]
-# On the real model: `mp.fold` replaces the network by what it gives. The logits stay. And look at what it costs while it is there: the network has far more numbers than the prefix that it makes.
-
 # %%
+# On the real model: `mp.fold` replaces the network by what it gives. The logits stay. While it is there, it has far
+# more numbers than the prefix that it makes.
 torch.manual_seed(0)
 adapter = mp.attach(model, mp.PrefixTuning(10))
 made, base_size = mp.parameter_report(model).trainable, sum(p.numel() for p in mp.sockets.base_parameters(model).values())
@@ -637,93 +634,120 @@ figure
 #
 # ## The network: is training steadier with it?
 #
-# Now the other half of the method: P-tuning v2, on an encoder with a head for two classes. MiniLM reads short film reviews, positive or negative. Here there is no cache to misuse: the socket is the same as before. The head is trained too, from a random start, so its seed counts.
+# Now the other half of the method: P-tuning v2, on an encoder with a head for two classes. MiniLM reads short film reviews, positive or negative. Here there is no cache to misuse: the socket is the same as before.
 #
-# Train the prefix directly and through the network, at several rates, with several seeds each. All runs have the same number of prefix positions, and the same steps. The rate is chosen on **validation** reviews; the test reviews are for the table after it.
+# The head is new, and its seed counts. So first train it alone in front of the frozen encoder, once for each seed. Every run below starts from that head and trains it further. What a run then wins over the head alone, the prefix has won.
 
 # %%
-films = {}
+films, most_words = {}, mp.pick(smoke=10, cpu=10, gpu=12)
 for split, count in zip(("train", "validation", "test"), mp.pick(smoke=(32, 16, 16), cpu=(1000, 150, 200), gpu=(1600, 600, 600))):
-    rows = [e for e in mp.load_data("sentiment/movies", split) if len(e["text"].split()) <= 12]
+    rows = [e for e in mp.load_data("sentiment/movies", split) if len(e["text"].split()) <= most_words]
     films[split] = random.Random(0).sample(rows, min(count, len(rows)))
 commoner = {split: max(statistics.mean(e["label"] == label for e in rows) for label in (0, 1)) for split, rows in films.items()}
-film_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=50, gpu=100), batch_size=mp.pick(smoke=16, cpu=8, gpu=16), warmup=0.1, progress=False)
+film_plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=50, gpu=100), batch_size=mp.pick(smoke=4, cpu=8, gpu=16), warmup=0.1, progress=False)
+heads = {}                                                     # seed -> the head that was trained alone
 
-def judge(method, lr: float, seed: int) -> dict:
-    """Train on film reviews, by a method, "head" alone or "full"; the share right of two other sets."""
+def start(seed: int):
+    """MiniLM and its tokenizer, under a head for two classes that was trained alone."""
     torch.manual_seed(seed)
     encoder, words = mp.load_base("minilm-l6", num_labels=2)
+    if seed not in heads:
+        encoder.base_model.requires_grad_(False)
+        mp.fit(encoder, words, films["train"], replace(film_plan, lr=1e-2, seed=seed))
+        heads[seed] = {name: p.clone() for name, p in encoder.classifier.state_dict().items()}
+        encoder.requires_grad_(True)
+    encoder.classifier.load_state_dict(heads[seed])
+    torch.manual_seed(seed)                                    # a prefix starts alike in every run of a seed
+    return encoder, words
+
+# %% [markdown]
+# Train the prefix directly and through the network, at several rates, with several seeds each. All runs have the same number of positions and the same steps.
+#
+# Which rates? Adam's first step moves every trained number by about the rate. Directly, that is how far the prefix moves. Through the network an entry of the prefix is a sum over `hidden` products, and all of them move. So measure how far the *prefix* moves, and give the network rates that are smaller by that factor: then both start with steps of about the same size.
+#
+# The rate is chosen on **validation** reviews; the test reviews are for the table after it.
+
+# %%
+ways = {"direct": mp.PrefixTuning(4, reparameterize=False), "network": mp.PrefixTuning(4)}
+
+def one_step(method, lr: float = 1e-4) -> float:
+    """How far Adam's first step moves an entry of the prefix, on average, in units of the rate."""
+    encoder, words = start(0)
+    pieces = [piece for piece in mp.attach(encoder, method).pieces().values() if hasattr(piece, "prefix")]
+    was = [torch.cat(piece.prefix()).detach().clone() for piece in pieces]
+    mp.fit(encoder, words, films["train"][:16], replace(film_plan, steps=1, lr=lr, warmup=0.0))
+    return statistics.mean((torch.cat(piece.prefix()) - a).abs().mean().item() for piece, a in zip(pieces, was)) / lr
+
+moves = {way: one_step(method) for way, method in ways.items()}
+direct_rates = mp.pick(smoke=[1e-1], cpu=[3e-2, 1e-1, 3e-1], gpu=[1e-2, 3e-2, 1e-1, 3e-1, 1])
+grid = {way: [float(f"{lr * moves['direct'] / moves[way]:.0e}") for lr in direct_rates] for way in ways}
+for way in ways:
+    print(f"{way:8} one step moves an entry of the prefix by {moves[way]:.1f} times the rate; rates {', '.join(f'{lr:g}' for lr in grid[way])}")
+
+# %%
+def judge(method, lr: float, seed: int) -> dict:
+    """Train on film reviews, by a method, "head" alone or "full"; the share right of two other sets."""
+    encoder, words = start(seed)
     if method == "head":
         encoder.base_model.requires_grad_(False)
     elif method != "full":
         mp.attach(encoder, method)
     row = {"trained": mp.parameter_report(encoder).trainable}
-    try:
-        run = mp.fit(encoder, words, films["train"], replace(film_plan, lr=lr, seed=seed))
+    try:                                                       # another order than the head was trained in
+        run = mp.fit(encoder, words, films["train"], replace(film_plan, lr=lr, seed=100 + seed))
     except ArithmeticError:                                    # the loss was not finite any more
         return row | {split: 1 - share for split, share in commoner.items()}
     return row | {"s a step": run.seconds / run.steps} | {s: mp.evaluate(encoder, words, films[s])["accuracy"] for s in films if s != "train"}
 
-# %%
-ways = {"direct": mp.PrefixTuning(4, reparameterize=False), "network": mp.PrefixTuning(4)}
-grid = mp.pick(smoke=[1e-2], cpu=[1e-3, 1e-2, 1e-1], gpu=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
 seeds = mp.pick(smoke=[0, 1], cpu=[0, 1, 2], gpu=[0, 1, 2, 3, 4])
-trials = {way: {lr: [judge(method, lr, seed) for seed in seeds] for lr in grid} for way, method in ways.items()}
+trials = {way: {lr: [judge(method, lr, seed) for seed in seeds] for lr in grid[way]} for way, method in ways.items()}
+alone = [judge("head", 1e-2, seed) for seed in seeds]
 
+# %% tags=["figure"]
 def mean_and_spread(runs, split: str) -> tuple[float, float]:
     right = [run[split] for run in runs]
     return statistics.mean(right), statistics.stdev(right)
 
 stability = {way: {lr: mean_and_spread(runs, "validation") for lr, runs in by_rate.items()} for way, by_rate in trials.items()}
 best = {way: max(by_rate, key=lambda lr: by_rate[lr][0]) for way, by_rate in stability.items()}
+head_alone = mean_and_spread(alone, "validation")[0]
 for way in ways:
     middle, spread = stability[way][best[way]]
-    print(f"{way:8} best rate {best[way]:g}: {middle:.1%} of the validation reviews right, {100 * spread:.1f} points of spread over {len(seeds)} seeds")
+    print(f"{way:8} best rate {best[way]:g}: {middle:.1%} of the validation reviews right, {100 * spread:.1f} points of spread over {len(seeds)} seeds",
+          f"(the head alone: {head_alone:.1%})")
 
-# %% tags=["figure"]
-def one_step(method, lr: float = 1e-3) -> float:
-    """How far Adam's first step moves an entry of the prefix, on average, in units of the rate."""
-    torch.manual_seed(0)
-    encoder, words = mp.load_base("minilm-l6", num_labels=2)
-    pieces = [piece for piece in mp.attach(encoder, method).pieces().values() if hasattr(piece, "prefix")]
-    start = [torch.cat(piece.prefix()).detach().clone() for piece in pieces]
-    mp.fit(encoder, words, films["train"][:16], replace(film_plan, steps=1, lr=lr, warmup=0.0))
-    return statistics.mean((torch.cat(piece.prefix()) - a).abs().mean().item() for piece, a in zip(pieces, start)) / lr
-
-moves = {way: one_step(method) for way, method in ways.items()}
-print("one step moves an entry of the prefix by", ", ".join(f"{move:.1f} rates ({way})" for way, move in moves.items()))
 figure, panels = new_figure(2, width=8.8, height=3.4)
 for ax, way, colour in zip(panels, ways, ("green", "purple")):
     for lr, runs in trials[way].items():
         ax.plot([lr] * len(runs), [run["validation"] for run in runs], "o", color=COLOURS[colour], alpha=0.6)
-    ax.plot(grid, [stability[way][lr][0] for lr in grid], color=COLOURS[colour])
-    ax.axhline(commoner["validation"], color=COLOURS["grey"], linestyle="--", linewidth=1.2)
-    ax.set(xscale="log", xlabel="learning rate", ylabel="right, validation reviews", ylim=(0.3, 1), title=f"{way}: {trials[way][grid[0]][0]['trained']:,} numbers")
-    ax.set_xticks(grid, [f"{lr:g}" for lr in grid])
+    ax.plot(grid[way], [stability[way][lr][0] for lr in grid[way]], color=COLOURS[colour])
+    for level, says in ((commoner["validation"], "always the commoner label"), (head_alone, "the head alone")):
+        ax.axhline(level, color=COLOURS["grey"], linestyle="--", linewidth=1.2)
+        ax.annotate(says, (0.02, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=9, color=COLOURS["grey"])
+    ax.set(xscale="log", xlabel="learning rate", ylabel="right, validation reviews", ylim=(0.3, 1), title=f"{way}: {trials[way][grid[way][0]][0]['trained']:,} numbers")
+    ax.set_xticks(grid[way], [f"{lr:g}" for lr in grid[way]])
     ax.minorticks_off()
-panels[0].text(grid[0], commoner["validation"], "always the commoner label", va="bottom", fontsize=9, color=COLOURS["grey"])
 figure
 
 # %% [markdown]
-# Each dot is one seed. Compare two things: how far the dots of one rate lie apart, and how wide the range of rates is that works. Through the network, a step changes weights that all layers share, and the prefix moves by what comes out: not by about the rate, as it does directly. The line above the figure says by how much. So the good rates need not be the same, and the network can look *steadier* merely because a rate suits it. That is why both got the whole grid. The P-tuning v2 paper, too, finds that the network helps on some tasks and harms on others.
+# Each dot is one seed. Compare two things: how far the dots of one rate lie apart, and how wide the range of rates is that works. Look at the rates themselves, too. With one grid for both, one of them may fail for its rate alone, and you might call the other one steadier. With steps of about the same size, what still differs is the network's own doing: all layers share its table and its first half, so what one layer learns moves the prefix of the others too. The P-tuning v2 paper finds that the network helps on some tasks and harms on others.
 #
 # ## Equal size, one table
 #
-# The same reviews and steps for a soft prompt, a prefix, a LoRA of the same size, and full fine-tuning. Each trains the new head as well, so the first row to compare with is *the new head alone*, in front of a frozen encoder. *s a step* is the price in time: a prompt makes every text longer, in all layers. The prefix has the best rate of the grid above, chosen on validation reviews; the other rows have one rate each, which was not swept, so they might gain from another. All are asked about the test reviews, which chose nothing.
+# The same reviews, head and steps for a soft prompt, a prefix, a LoRA of the same size, and full fine-tuning. Each trains the head further, so the first row to compare with is *the head alone*, in front of a frozen encoder. *s a step* is the price in time: a prompt makes every text longer, in all layers. The prefix has the best rate of the grid above, chosen on validation reviews; the other rows have one rate each, which was not swept, so they might gain from another. All are asked about the test reviews, which chose nothing.
 
 # %%
-table_seeds = seeds[:2]
-small_encoder = mp.load_base("minilm-l6", num_labels=2)[0]
-c = small_encoder.config
-one_position = mp.PrefixTuning(1, reparameterize=False).parameter_count(c.num_hidden_layers, c.hidden_size)
-equal = {"the new head alone": ("head", 1e-2),
-         "prompt": (mp.PromptTuning(4 * one_position // c.hidden_size, init="vocab"), 3e-2),
-         "prefix (P-tuning v2)": (ways["direct"], best["direct"]),
-         "LoRA on query and value": (mp.LoRA(rank=2, alpha=4, targets=("query", "value")), 1e-2),
+c, swept = start(0)[0].config, {"prefix, direct": "direct", "prefix, through the network": "network"}
+numbers_here = ways["direct"].parameter_count(c.num_hidden_layers, c.hidden_size)
+rank = numbers_here // (2 * c.num_hidden_layers * 2 * c.hidden_size)           # A and B, at query and value
+equal = {"the head alone": ("head", 1e-2),
+         "prompt": (mp.PromptTuning(numbers_here // c.hidden_size, init="vocab"), 3e-2),
+         **{name: (ways[way], best[way]) for name, way in swept.items()},
+         "LoRA on query and value": (mp.LoRA(rank=rank, alpha=2 * rank, targets=("query", "value")), 1e-2),
          "full fine-tuning": ("full", 2e-4)}
-judged = {name: [judge(method, lr, seed) for seed in table_seeds] for name, (method, lr) in equal.items() if name != "prefix (P-tuning v2)"}
-judged["prefix (P-tuning v2)"] = trials["direct"][best["direct"]][: len(table_seeds)]
-assert len({judged[name][0]["trained"] for name, (method, _) in equal.items() if method not in ("head", "full")}) == 1
+judged = {"the head alone": alone[:2]} | {name: trials[way][best[way]][:2] for name, way in swept.items()}
+judged |= {name: [judge(method, lr, seed) for seed in seeds[:2]] for name, (method, lr) in equal.items() if name not in judged}
+assert len({judged[name][0]["trained"] for name in ("prompt", "prefix, direct", "LoRA on query and value")}) == 1
 error = math.sqrt(0.8 * 0.2 / len(films["test"]))
 rows = [{"method": "always the commoner label", "right": commoner["test"]}]
 for name, (_, lr) in equal.items():
@@ -734,7 +758,7 @@ print(f"error from the number of test reviews: about ± {100 * error:.1f} points
 lab.table(rows)
 
 # %% [markdown]
-# Chapter 1 trained the same encoder longer. Here all methods get the same few steps, so read the order, not the heights, and the order only where two rows differ by more than the error.
+# Chapter 1 trained the same encoder longer. Here all methods get the same few steps, so read the order, not the heights, and the order only where two rows differ by more than the error. The prefix that comes through the network trains more numbers than it keeps: *trained* counts the network. Folded, it is as small as the other one.
 #
 # ## Break it: a prefix too long, a rate too high
 #
