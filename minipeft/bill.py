@@ -26,8 +26,8 @@ and the line through the two results gives the rest.
 What was found beside real runs (float32 on a CPU, tests/test_bill.py): within 1 % of the bytes that
 torch's profiler counts for one pass. A process grows by that, within 15 %, where its allocator gives
 freed memory back at once, and by up to a third more where it keeps it, as glibc's does by default.
-On a GPU the attention kernel is another one and the CUDA context takes some hundred MB more; neither
-is in the bill.
+A decoder's rows lie in one sequence, as in mp.fit on a CPU. On a GPU they do not, the attention kernel
+is another one and the CUDA context takes some hundred MB more: that is not in the bill.
 """
 
 from __future__ import annotations
