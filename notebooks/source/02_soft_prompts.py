@@ -443,7 +443,7 @@ places = [path for i in range(count) for path in pair[int((i + 0.5) * len(blocks
 equal = mp.LoRA(rank=1, alpha=2, targets=tuple(places))
 ways = {"soft prompt": (prompt, PROMPT_RATE), "LoRA, equal size": (equal, 1e-2),
         "LoRA, rank 16": (mp.LoRA(rank=16, alpha=32, targets="all-linear"), 2e-3), "full fine-tuning": (None, 2e-4)}
-STEPS = mp.pick(smoke=1, cpu=32, gpu=150)
+STEPS = mp.pick(smoke=1, cpu=28, gpu=150)
 
 # %%
 def teach(method, lr: float, examples, curve=None, base: str = BASE):
