@@ -158,6 +158,7 @@ def test_a_soft_prompt_of_16_learns_another_task_on_a_trained_lora(tmp_path):
     """Both with `mp.fit`; the LoRA alone still does its own task, to the bit."""
     first = [{"prompt": f"{a} ", "completion": a.upper()} for a in "abcdefgh"]
     second = [{"prompt": f"{a} ", "completion": "?" + a} for a in "abcdefgh"]
+    torch.manual_seed(0)                                         # of the starts; this tiny random base is moody
     model, words = FAMILIES["llama"](), Words()
     config = mp.FitConfig(steps=30, batch_size=8, lr=0.05, progress=False)
     mp.attach(model, LORA, "lora")
