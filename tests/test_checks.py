@@ -1,5 +1,6 @@
 """Exercise checks: the right answer passes, every plausible wrong one is refused, a stub is neither."""
 
+import copy
 import math
 import random
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import minipeft as mp
 from minipeft.checks import exercises, frame
 from minipeft.checks import ch00_start, ch01_full, ch02_soft_prompts, ch04_adapters, ch05_lora, ch06_dora_ia3, ch07_nf4
-from minipeft.checks import ch08_cuda_kernel, ch09_qlora, ch10_merge_and_serve
+from minipeft.checks import ch08_cuda_kernel, ch09_qlora, ch10_merge_and_serve, ch11_hybrids
 from minipeft.checks.frame import Case, Draw, Exercise
 
 
@@ -1469,6 +1471,230 @@ WRONG |= {
     ],
 }
 
+# ---------------------------------------------------------------------------- chapter 11: hybrids
+
+
+def budgeted(budget, width, shapes, least, cost=lambda o, i: o + i):
+    one = sum(cost(o, i) for o, i in shapes)
+    rank = (budget - least * width) // one
+    return rank, (budget - rank * one) // width
+
+
+def budgeted_by_search(budget, width, shapes, least):
+    def size(rank, length):
+        return length * width + sum(torch.empty(rank, o + i, device="meta").numel() for o, i in shapes)
+
+    rank = max(r for r in range(40) if size(r, least) <= budget)
+    return [rank, max(n for n in range(least, 2000) if size(rank, n) <= budget)]
+
+
+def behind_lora(x, W, A, B, s, down, up, bend=torch.relu):
+    y = x @ W.T + s * x @ A.T @ B.T
+    return y + bend(y @ down.T) @ up.T
+
+
+def behind_merged(x, W, A, B, s, down, up):
+    y = x @ (W + s * B @ A).T
+    return y + (y @ down.T).clamp(min=0) @ up.T
+
+
+def parts_of(model, names):
+    return [p for n in names for p in mp.adapters(model)[n].parameters()]
+
+
+def one_part(frozen=lambda name, other: name != other, act=None, optimizer=torch.optim.SGD, scale=1.0,
+             which=lambda model, name: parts_of(model, [name]), after=lambda model, name: None):
+    def fn(model, name, ids, lr):
+        for other, adapter in mp.adapters(model).items():
+            adapter.requires_grad_(not frozen(name, other))
+        if act:
+            mp.activate(model, act(model, name))
+        descent = optimizer(list(which(model, name)), lr=lr)
+        (scale * model(input_ids=ids, labels=ids).loss).backward()
+        descent.step()
+        after(model, name)
+
+    return fn
+
+
+def one_part_by_autograd(model, name, ids, lr):
+    part = mp.adapters(model).pop(name)
+    model.requires_grad_(False)
+    part.requires_grad_(True)
+    own = list(part.parameters())
+    for p, gradient in zip(own, torch.autograd.grad(model(input_ids=ids, labels=ids).loss, own)):
+        p.data -= lr * gradient
+
+
+def base_too(model, name, ids, lr):
+    model.requires_grad_(True)
+    one_part(which=lambda model, name: model.parameters())(model, name, ids, lr)
+    model.requires_grad_(False)
+    mp.adapters(model)[name].requires_grad_(True)
+
+
+def attached_first(model, name, ids, lr):  # the optimizer knows what required gradients when it was built
+    descent = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for other, adapter in mp.adapters(model).items():
+        adapter.requires_grad_(other == name)
+    model(input_ids=ids, labels=ids).loss.backward()
+    descent.step()
+
+
+def thawed_after(model, name):
+    for adapter in mp.adapters(model).values():
+        adapter.requires_grad_(True)
+
+
+def folds(stop=lambda left: bool(left), strength=lambda s: s, keep=lambda part: True, most=99, say=lambda W, left: (W, left)):
+    def fn(W, parts):
+        W, left, done = W.clone(), [], 0
+        for part in parts:
+            if part[0] == "lora" and not stop(left) and done < most:
+                W += strength(part[3]) * part[2] @ part[1]
+                done += 1
+            elif keep(part):
+                left.append(part)
+        return say(W, left)
+
+    return fn
+
+
+def folds_by_recursion(W, parts):
+    if not parts or parts[0][0] == "adapter":
+        return [W, tuple(parts)]
+    _, A, B, s = parts[0]
+    return folds_by_recursion(W + s * torch.einsum("or,ri->oi", B, A), parts[1:])
+
+
+def folds_the_adapter_too(W, parts):
+    for kind, one, two, *s in parts:
+        W = W + (s[0] * two @ one if kind == "lora" else two @ one @ W)
+    return W, []
+
+
+def folds_in_place(W, parts):
+    W += folds()(W, parts)[0] - W
+    return W, folds()(W, parts)[1]
+
+
+def empties_the_list(W, parts):
+    W = W.clone()
+    while parts and parts[0][0] == "lora":
+        _, A, B, s = parts.pop(0)
+        W += s * B @ A
+    return W, parts
+
+
+def each_rate(rate):
+    def fn(groups, factor):
+        for group in groups:
+            group["lr"] = rate(group, groups, factor)
+
+    return fn
+
+
+def each_rate_by_index(groups, factor):
+    for i in range(len(groups)):
+        groups[i].update(lr=groups[i]["initial_lr"] * factor)
+
+
+def lower_peaks(groups, factor):
+    for group in groups:
+        group["initial_lr"] *= factor
+        group["lr"] = group["initial_lr"]
+
+
+def new_groups(groups, factor):
+    return [{**group, "lr": factor * group["initial_lr"]} for group in groups]
+
+
+RIGHT |= {
+    "hybrid-budget": [budgeted, budgeted_by_search],
+    "lora-then-adapter": [behind_lora, behind_merged],
+    "train-one-part": [one_part(), one_part_by_autograd],
+    "fold-what-can": [folds(), folds_by_recursion],
+    "set-rates": [each_rate(lambda g, all, factor: factor * g["initial_lr"]), each_rate_by_index],
+}
+WRONG |= {
+    "hybrid-budget": [
+        lambda b, w, s, n: (b // sum(o + i for o, i in s), n),
+        lambda b, w, s, n: (budgeted(b, w, s, n)[0], n),
+        lambda b, w, s, n: (budgeted(b, w, s, n)[0] + 1, n),
+        lambda b, w, s, n: (budgeted(b, w, s, n)[0], budgeted(b, w, s, n)[1] - n),
+        lambda b, w, s, n: budgeted(b, w, s, n, cost=lambda o, i: o * i),
+        lambda b, w, s, n: budgeted(b, w, s, n, cost=lambda o, i: i),
+        lambda b, w, s, n: budgeted(b, w, s[:1], n),
+        lambda b, w, s, n: budgeted(b, w, s, n)[::-1],
+        lambda b, w, s, n: tuple(map(float, budgeted(b, w, s, n))),
+        lambda b, w, s, n: budgeted(b, w, s, n)[0],
+        lambda b, w, s, n: budgeted(b, w, s, 0),
+    ],
+    "lora-then-adapter": [
+        lambda x, W, A, B, s, d, u: (h := x @ W.T) + (h @ d.T).relu() @ u.T + s * x @ A.T @ B.T,
+        lambda x, W, A, B, s, d, u: behind_lora(x, W, A, B, 1, d, u),
+        lambda *a: behind_lora(*a, bend=lambda z: z),
+        lambda *a: behind_lora(*a, bend=nn.functional.gelu),
+        lambda x, W, A, B, s, d, u: behind_lora(x, W, A, B, s, d, u) - x @ (W + s * B @ A).T,
+        lambda x, W, A, B, s, d, u: behind_lora(x, W, A, B, s, d, u) - s * x @ A.T @ B.T,
+        lambda x, W, A, B, s, d, u: behind_lora(x, W, A, B, s, d, u) + x @ W.T,
+        lambda x, W, A, B, s, d, u: behind_lora(x, W, A, 0 * B, s, d, u),
+        lambda x, W, A, B, s, d, u: x @ (W + s * B @ A).T,
+        lambda x, W, A, B, s, d, u: (y := x @ W.T) + (low := s * x @ A.T @ B.T) + (low @ d.T).relu() @ u.T,
+        lambda *a: behind_lora(*a).relu(),
+        lambda *a: behind_lora(*a).double().half(),
+        lambda x, W, A, B, s, d, u: behind_lora(x, W.add_(s * B @ A), A, 0 * B, s, d, u),
+        lambda *a: behind_lora(*a) * (1 + 1e-3),
+    ],
+    "train-one-part": [
+        one_part(frozen=lambda name, other: False, which=lambda model, name: parts_of(model, mp.adapters(model))),
+        one_part(frozen=lambda name, other: False),
+        one_part(which=lambda model, name: parts_of(model, set(mp.adapters(model)) - {name})),
+        one_part(act=lambda model, name: name),
+        one_part(act=lambda model, name: name, after=lambda model, name: mp.activate(model, list(mp.adapters(model)))),
+        one_part(optimizer=torch.optim.AdamW),
+        one_part(scale=2.0),
+        one_part(scale=-1.0),
+        one_part(after=thawed_after),
+        one_part(after=lambda model, name: model.requires_grad_(False)),
+        one_part(after=lambda model, name: mp.detach(model, next(n for n in mp.adapters(model) if n != name))),
+        lambda model, name, ids, lr: one_part()(copy.deepcopy(model), name, ids, lr) or 1,
+        base_too, attached_first,
+        lambda model, name, ids, lr: [one_part()(model, name, ids, lr), one_part()(model, name, ids, lr)] and None,
+    ],
+    "fold-what-can": [
+        folds(stop=lambda left: False),
+        folds(stop=lambda left: True),
+        folds(most=1),
+        folds(strength=lambda s: 1.0),
+        folds(strength=lambda s: -s),
+        folds(keep=lambda part: part[0] == "adapter"),
+        folds(keep=lambda part: False),
+        folds(say=lambda W, left: (W, left[::-1])),
+        folds(say=lambda W, left: W),
+        folds(say=lambda W, left: (W, len(left))),
+        folds(say=lambda W, left: (W, [part[1:] for part in left])),
+        folds(say=lambda W, left: (W.double().half(), left)),
+        folds(say=lambda W, left: (left, W)),
+        lambda W, parts: (folds()(W, parts)[0], parts),
+        lambda W, parts: folds()(W, parts[::-1]),
+        folds_the_adapter_too, folds_in_place, empties_the_list,
+    ],
+    "set-rates": [
+        each_rate(lambda g, groups, factor: factor * groups[0]["initial_lr"]),  # the public mistake
+        each_rate(lambda g, groups, factor: factor * max(h["initial_lr"] for h in groups)),
+        each_rate(lambda g, groups, factor: factor * g["lr"]),
+        each_rate(lambda g, groups, factor: factor),
+        each_rate(lambda g, groups, factor: g["initial_lr"]),
+        each_rate(lambda g, groups, factor: factor * sum(h["initial_lr"] for h in groups) / len(groups)),
+        each_rate(lambda g, groups, factor: g["initial_lr"] / factor),
+        lambda groups, factor: each_rate_by_index(groups[:1], factor),
+        lambda groups, factor: each_rate_by_index(groups[1:], factor),
+        lower_peaks, new_groups,
+        lambda groups, factor: groups.pop() and None,
+    ],
+}
+
 
 # ---------------------------------------------------------------------------- chapter 10
 
@@ -1800,6 +2026,11 @@ def test_a_stub_is_not_attempted(id, answer):
         ("as-one", summed_factors, "B_1 A_2"),
         ("ties", lambda d, density: elected_mean(d, density, count=len), "divided by all n"),
         ("gathered-update", lambda *given: gathered(*given, k=lambda which, U: which, scale=lambda which, s, k: s[k]), "-1 is the last adapter"),
+        ("hybrid-budget", lambda b, w, s, n: (budgeted(b, w, s, n)[0], n), "not given to the prompt"),
+        ("lora-then-adapter", WRONG["lora-then-adapter"][0], "before LoRA: that is the other order"),
+        ("train-one-part", WRONG["train-one-part"][4], "the other adapters did not act"),
+        ("fold-what-can", folds(stop=lambda left: False), "a LoRA behind an adapter was folded"),
+        ("set-rates", each_rate(lambda g, groups, factor: factor * groups[0]["initial_lr"]), "the first group's peak"),
     ],
 )
 def test_the_likely_mistake_is_named(id, answer, words):
@@ -1852,6 +2083,8 @@ def test_ch08_without_an_emulator_an_attempt_is_not_checked_and_a_stub_is_not_at
         (ch02_soft_prompts, "_encoded", lambda E, W, b: E, "p-tuning-mlp", encoder),
         (ch10_merge_and_serve, "_ties", lambda deltas, density: deltas.mean(0).double(), "ties", elected_mean),
         (ch10_merge_and_serve, "_switch_reason", lambda value, right, change, near: None, "merge-switch", fold_or_not),
+        (ch11_hybrids, "_in_order", lambda x, W, *rest: x.double() @ W.double().T, "lora-then-adapter", behind_lora),
+        (ch11_hybrids, "_stepped", lambda model, *rest: ch11_hybrids._state(model), "train-one-part", one_part()),
     ],
 )
 def test_the_vacuity_guard_reports_a_check_whose_oracle_shows_nothing(monkeypatch, module, oracle, lie, id, right):
