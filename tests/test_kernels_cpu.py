@@ -135,6 +135,18 @@ def test_gradients_are_right_and_have_gradients():
     assert (x.grad - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
+def test_a_matrix_of_several_panels_gives_the_sum_of_all_and_nothing_of_what_lay_there_before():
+    outputs, columns = 2500, 2000                                # 5,000,000 numbers: decoded in two panels
+    packed, scales = torch.ops.minipeft.nf4_quantize(torch.randn(outputs * columns), 64)
+    W = torch.ops.minipeft.nf4_dequantize(packed, scales, outputs * columns, 64, F32).view(outputs, columns)
+    for transposed, x, expected in ((False, torch.randn(40, columns), lambda x: x @ W.double().T),
+                                    (True, torch.randn(40, outputs), lambda x: x @ W.double())):
+        for _ in range(2):                                       # the second one where the first one's memory is free again
+            y = torch.ops.minipeft.nf4_product(x, packed, scales, outputs, columns, 64, transposed)
+            assert (y - expected(x.double())).norm() < 1e-6 * y.norm()
+            y.fill_(1e6)
+
+
 def test_the_gradient_keeps_the_codes_and_not_the_matrix():
     packed, scales, _ = matrix(64, 64)
     kept = []
