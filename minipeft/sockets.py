@@ -564,6 +564,8 @@ class ModulePlug:
             y = y.clone()
         for n, piece in acting:
             y = piece(x, y)
+            if getattr(piece, "keeps_output", False) and piece is not acting[-1][1]:
+                y = y.clone()                   # the next piece may write into what this one keeps
             if n is not None:
                 self.home._modules[n].has_run.add(self.path)
         return (y, *output[1:]) if isinstance(output, tuple) else y

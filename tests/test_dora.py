@@ -97,6 +97,45 @@ def test_rows_have_the_length_m_and_directions_of_their_own():
     assert torch.allclose(piece.merged(linear.weight), 2 * W)
 
 
+@pytest.mark.parametrize("magnitude", ["any", "zero in a row"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("d_in", "d_out"), [(5, 9), (9, 5)])
+def test_gradients_are_those_of_the_formula_whichever_of_z_and_y_is_kept(d_in, d_out, bias, magnitude):
+    linear = random_state(nn.Linear(d_in, d_out, bias=bias, dtype=torch.float64), size=0.5)
+    piece = piece_on(linear, rank=2)
+    x, g = (torch.randn(2, 3, d, dtype=torch.float64, requires_grad=d == d_in) for d in (d_in, d_out))
+    if magnitude != "any":
+        with torch.no_grad():
+            piece.m[1] = 0
+    learned = [x, *piece.parameters(), *([linear.bias] if bias else [])]
+    y = piece(x, linear(x))
+    V = linear.weight.detach() + piece.delta()
+    wanted = x @ (piece.m / piece.norm() * V.T) + (linear.bias if bias else 0)
+    assert distance(y, wanted) < 1e-12
+    for got, want in zip(torch.autograd.grad(y, learned, g), torch.autograd.grad(wanted, learned, g), strict=True):
+        assert want.abs().max() > 1e-3 and distance(got, want) < 1e-10
+
+
+@pytest.mark.parametrize("second", [mp.LoRA, mp.DoRA])
+def test_a_second_adapter_on_top_does_not_overwrite_what_is_kept(second):
+    model, given = FAMILIES["gpt2"]().double(), inputs("gpt2")
+    adapter = random_state(mp.attach(model, mp.DoRA(rank=2, targets="all-linear")), size=0.3)
+    random_state(mp.attach(model, second(rank=2, targets="all-linear"), "top"), size=0.3)
+
+    def loss():
+        return model(**given).logits.square().mean()
+    loss().backward()
+    for path in ("transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"):
+        m, around = adapter.get_submodule(path).m, []
+        with torch.no_grad():
+            for step in (1e-5, -2e-5):
+                m[0] += step
+                around.append(loss().item())
+            m[0] += 1e-5
+        slope = m.grad[0].item()
+        assert abs(slope) > 1e-6 and slope == pytest.approx((around[0] - around[1]) / 2e-5, rel=1e-4)
+
+
 def test_a_row_of_zeros_stays_zero_and_gives_no_nan():
     linear = nn.Linear(5, 3)
     with torch.no_grad():

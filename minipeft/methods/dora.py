@@ -59,6 +59,8 @@ class Decomposed(LowRank):
         self.module = (module,)                  # in a tuple: the base's, not a part of this piece
         self.W_squared = None                    # (of which weight, ‖W‖² (out,))
         self.kept = None                         # (of which weight, of which A and B, ‖V‖ (out,))
+        # What is wider than what went in is on its way into a non-linearity, which keeps it anyway.
+        self.keeps_output = self.B.shape[0] > self.A.shape[1]
         self.m = nn.Parameter(self.norm().clone())
 
     @torch.no_grad()
@@ -93,11 +95,42 @@ class Decomposed(LowRank):
             Wx = x @ anatomy.weight_of(self.module[0]).to(y.dtype).T
             rest = y - Wx
             return (rest + c * AddLowRank.apply(Wx, x, A, B, self.scale)).to(y.dtype)
-        Vx = AddLowRank.apply(y, x.to(y.dtype), A, B, self.scale)  # + b, in the place of y
-        return (c * Vx if b is None else torch.addcmul((1 - c) * b, c, Vx)).to(y.dtype)
+        z = AddLowRank.apply(y, x.to(y.dtype), A, B, self.scale)  # V x + b, in the place of y
+        return Stretch.apply(z, c, b, self.keeps_output and (not has_values(c) or bool(c.all())))
 
     def merged(self, W: Tensor) -> Tensor:
         """m V / ‖V‖ for a frozen weight W (out, in)."""
         V = W.to(self.A.dtype) + self.delta()
         length = torch.linalg.vector_norm(V, dim=1).clamp_min(torch.finfo(V.dtype).tiny)
         return ((self.m / length)[:, None] * V).to(W.dtype)
+
+
+class Stretch(torch.autograd.Function):
+    """y' = c z + (1 - c) b. z (…, out) = V x + b, c (out,) the factors, b (out,) the frozen bias or None.
+
+    ∂loss/∂c = Σ_N g ∘ (z - b) needs z, or y', for z - b = (y' - b) / c. `keep_output` says that y' is to be kept,
+    which takes no memory of its own where the model keeps y' too; no c may then be 0, nor y' be overwritten.
+    """
+
+    @staticmethod
+    def forward(ctx, z, c, b, keep_output):
+        y = (c * z if b is None else torch.addcmul((1 - c) * b, c, z)).to(z.dtype)
+        ctx.save_for_backward(y if keep_output else z, c, b)
+        ctx.keep_output = keep_output
+        return y
+
+    @staticmethod
+    def backward(ctx, g):                                        # ∂loss/∂y', (…, out)
+        kept, c, b = ctx.saved_tensors
+        grad_z = grad_c = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_z = (c * g).to(g.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            G = g.reshape(-1, len(c)).sum(0, dtype=c.dtype)      # Σ_N g, (out,)
+        if ctx.needs_input_grad[1]:
+            grad_c = (g * kept).reshape(-1, len(c)).sum(0, dtype=c.dtype)
+            grad_c = grad_c if b is None else grad_c - b * G
+            grad_c = grad_c / c if ctx.keep_output else grad_c
+        if ctx.needs_input_grad[2]:
+            grad_b = ((1 - c) * G).to(b.dtype)
+        return grad_z, grad_c, grad_b, None
