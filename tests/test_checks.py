@@ -2069,7 +2069,7 @@ def test_ch08_without_an_emulator_an_attempt_is_not_checked_and_a_stub_is_not_at
         (ch05_lora, "_delta", lambda A, B, s: torch.zeros(len(B), A.shape[1]).double(), "lora-forward", lora),
         (ch05_lora, "_init_reason", lambda value, given: None, "lora-init", kaiming),
         (ch04_adapters, "_adapter", lambda h, *weights: torch.zeros_like(h).double(), "adapter-forward", bottleneck),
-        (ch04_adapters, "_adapter_reason", lambda value, given, seed: None, "trainable-adapter", linears),
+        (ch04_adapters, "_adapter_reason", lambda value, h, y: None, "trainable-adapter", linears),
         (ch06_dora_ia3, "_rows_of_length", lambda V, m: torch.zeros_like(V), "dora-weight", dora),
         (ch06_dora_ia3, "_attended", lambda x, W, l, root=None: x.new_zeros(*x.shape[:2], len(W["v"])), "ia3-block", rescaled),
         (ch01_full, "_moments", lambda model: 0, "adamw-state-bytes", adamw_bytes),

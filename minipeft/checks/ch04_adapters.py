@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minipeft.checks.frame import Case, Draw, exercise, relative_error
+from minipeft.checks.frame import Case, Draw, Refused, exercise, relative_error
 
 
 def _adapter(h, W_down, b_down, W_up, b_up) -> torch.Tensor:
@@ -182,18 +183,6 @@ def adapted_block(draw: Draw) -> Iterator[Case]:
 # ---------------------------------------------------------------------------- find the bug
 
 
-class _AsPublished(nn.Module):
-    """The public mistake: `.to` makes plain tensors of the parameters."""
-
-    def __init__(self, d: int, m: int, dtype: torch.dtype):
-        super().__init__()
-        self.W_down, self.b_down = nn.Parameter(torch.randn(m, d)).to(dtype), nn.Parameter(torch.randn(m)).to(dtype)
-        self.W_up, self.b_up = nn.Parameter(torch.randn(d, m)).to(dtype), nn.Parameter(torch.randn(d)).to(dtype)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return h + (h @ self.W_down.T + self.b_down).relu() @ self.W_up.T + self.b_up
-
-
 @exercise("trainable-adapter", points=2)
 def trainable_adapter(draw: Draw) -> Iterator[Case]:
     """`fn(d, m, dtype) -> nn.Module`: h -> h + W_up relu(W_down h + b_down) + b_up, with four parameters that train.
@@ -201,52 +190,57 @@ def trainable_adapter(draw: Draw) -> Iterator[Case]:
     Judged by what `parameters()` lists, by what it computes with other numbers in them, and by a training step.
     """
     for d, m, dtype in ((9, 4, torch.float64), (6, 2, torch.bfloat16), (draw.integer(20, 30), draw.integer(3, 8), torch.float64), (7, 13, torch.float32)):
-        published = _AsPublished(d, m, dtype) if dtype != torch.float32 else None
-        half = nn.Sequential(nn.Linear(d, m), nn.ReLU(), nn.Linear(m, d)).to(dtype)
+        h, (W_down, b_down, W_up, b_up) = draw.normal(2, 5, d, dtype=dtype), _weights(draw, d, m, dtype)
+        b_down.copy_(-(h @ W_down.T).flatten(0, 1).median(0).values)  # each unit is alive for half of the positions
+        weights = {"W_down": W_down, "b_down": b_down, "W_up": W_up, "b_up": b_up}
+        y = _adapter(h, *weights.values())
         yield Case(
             given={"d": d, "m": m, "dtype": dtype},
-            test=lambda value, given, seed=draw.integer(0, 2**30): _adapter_reason(value, given, seed),
-            vacuous={"a module without parameters": nn.Identity(), "no skip": half} | ({"as published": published} if published else {}),
+            observe=partial(_after_a_step, h=h, weights=weights),
+            test=lambda value, given, h=h, y=y: _adapter_reason(value, h, y),
+            vacuous={"the identity": h, "no skip": (y - h.double()).to(dtype), "zeros": torch.zeros_like(h)},
         )
 
 
-def _adapter_reason(value, given: dict, seed: int) -> str | None:
-    d, m, dtype = given.values()
-    if not isinstance(value, nn.Module):
-        return f"it returned a {type(value).__name__}, expected an nn.Module"
-    shapes = {(m, d): "W_down", (m,): "b_down", (d, m): "W_up", (d,): "b_up"}
-    found = sorted(tuple(p.shape) for p in value.parameters())
-    if found != sorted(shapes):
-        loose = [n for mod in value.modules() for n, t in vars(mod).items() if isinstance(t, torch.Tensor)]
+def _after_a_step(returned, after: dict, before: dict, h: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the module computes of h with these weights in its parameters, all of which a training step moves."""
+    d, m, dtype = before.values()
+    if not isinstance(returned, nn.Module):
+        raise Refused(f"it returned a {type(returned).__name__}, expected an nn.Module")
+    names = {tuple(t.shape): name for name, t in weights.items()}
+    found = sorted(tuple(p.shape) for p in returned.parameters())
+    if found != sorted(names):
+        loose = [n for mod in returned.modules() for n, t in vars(mod).items() if isinstance(t, torch.Tensor)]
         lost = f"; {', '.join(loose)} are plain tensors, which no optimizer is given: `.to` returns a new tensor" if loose else ""
-        return f"its parameters have the shapes {found or 'of none'}, expected {sorted(shapes)}{lost}"
-    for name, p in value.named_parameters():
+        raise Refused(f"its parameters have the shapes {found or 'of none'}, expected {sorted(names)}{lost}")
+    for name, p in returned.named_parameters():
         if p.dtype != dtype:
-            return f"the parameter {name!r} is {p.dtype}, expected {dtype}"
+            raise Refused(f"the parameter {name!r} is {p.dtype}, expected {dtype}")
         if not p.requires_grad:
-            return f"the parameter {name!r} does not train: its requires_grad is False"
+            raise Refused(f"the parameter {name!r} does not train: its requires_grad is False")
         if not p.isfinite().all():
-            return f"the parameter {name!r} holds NaN or infinity"
-    module, own = copy.deepcopy(value), Draw(seed)
-    place = {shapes[tuple(p.shape)]: p for p in module.parameters()}
+            raise Refused(f"the parameter {name!r} holds NaN or infinity")
+    module = copy.deepcopy(returned)
+    place = {names[tuple(p.shape)]: p for p in module.parameters()}
     with torch.no_grad():
-        for p, new in zip((place[n] for n in ("W_down", "b_down", "W_up", "b_up")), _weights(own, d, m, dtype), strict=True):
-            p.copy_(new)
-    h = own.normal(2, 5, d, dtype=dtype)
-    with torch.no_grad():                                        # each unit is alive for half of the positions
-        place["b_down"].copy_(-(h @ place["W_down"].T).flatten(0, 1).median(0).values)
-    want = _adapter(h, place["W_down"], place["b_down"], place["W_up"], place["b_up"])
+        for name, p in place.items():
+            p.copy_(weights[name])
     got = module(h)
-    if not isinstance(got, torch.Tensor) or got.shape != h.shape or got.dtype != dtype:
-        return f"called with a tensor {tuple(h.shape)} of {dtype}, it does not return one of that shape and dtype"
-    error = relative_error(got, want)
-    if not error < (5e-2 if dtype == torch.bfloat16 else 1e-5):
-        return f"with other numbers in its parameters it is off by {error:.1e} of the largest right entry"
-    before = {n: p.detach().clone() for n, p in place.items()}
-    got.float().square().sum().backward()
+    if isinstance(got, torch.Tensor) and got.requires_grad:
+        got.float().square().sum().backward()
     torch.optim.SGD(module.parameters(), lr=0.5).step()
-    still = [n for n, p in place.items() if torch.equal(p.detach(), before[n])]
-    return f"a training step does not move {', '.join(still)}" if still else None
+    if still := [name for name, p in place.items() if torch.equal(p.detach(), weights[name])]:
+        raise Refused(f"a training step does not move {', '.join(still)}")
+    return got.detach()
+
+
+def _adapter_reason(value, h: torch.Tensor, y: torch.Tensor) -> str | None:
+    if type(value) is not torch.Tensor or value.shape != h.shape or value.dtype != h.dtype:
+        return f"called with a tensor {tuple(h.shape)} of {h.dtype}, it does not return one of that shape and dtype"
+    error = relative_error(value, y)
+    if not error < (5e-2 if h.dtype == torch.bfloat16 else 1e-5):
+        return f"with other numbers in its parameters it is off by {error:.1e} of the largest right entry"
+    return None
 
 
 # ---------------------------------------------------------------------------- several adapters

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -74,7 +75,7 @@ def dora_forward(draw: Draw) -> Iterator[Case]:
         yield Case(
             given=given,
             want=_dora_by_hand(x, W, b, A, B, m, alpha / r, g),
-            observe=lambda returned, after, before, g=g: _with_gradients(returned, after, g),
+            observe=partial(_with_gradients, g=g),
             vacuous={"LoRA": _differentiated(given, g, lambda x, W, b, V, m: x @ V.T + b + 0 * m)},
             mistakes={
                 name: lambda wrong=wrong, given=given, g=g: _differentiated(given, g, wrong)
@@ -119,7 +120,7 @@ def _named(y, gradients) -> dict[str, torch.Tensor]:
     return {"y": y} | {f"gradient of {name}": grad for name, grad in zip("ABm", gradients, strict=True)}
 
 
-def _with_gradients(returned, after: dict, g: torch.Tensor) -> dict[str, torch.Tensor]:
+def _with_gradients(returned, after: dict, before: dict, g: torch.Tensor) -> dict[str, torch.Tensor]:
     if type(returned) is not torch.Tensor:
         raise Refused(f"it returned a {type(returned).__name__}, expected a tensor y of shape {tuple(g.shape)}")
     if returned.shape != g.shape or returned.dtype != g.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -42,23 +42,24 @@ def no_emulator() -> str:
     return ""
 
 
+def _ran(body: str, after: dict, before: dict, name: str, grid: int, block: int, args: list, out: int) -> Tensor:
+    """The output, argument number `out`, of the returned body as kernel `name`."""
+    if not isinstance(body, str):
+        raise Refused(f"it returned a {type(body).__name__}, expected a str: the kernel's body in CUDA")
+    if missing := no_emulator():
+        raise NotHere(f"no emulator: {missing}")
+    given = [a.clone() if isinstance(a, Tensor) else a for a in args]
+    given[out].fill_(torch.nan)
+    try:
+        emulator.run(kernel_text(name, body), name, grid, block, given)
+    except emulator.EmulatorError as error:
+        raise Refused(str(error)) from None
+    return given[out]
+
+
 def _runs(name: str, grid: int, block: int, args: list, out: int) -> Callable:
     """For a case: run the returned body as kernel `name`, and give its output, argument number `out`."""
-
-    def observe(body: str, after: dict, before: dict) -> Tensor:
-        if not isinstance(body, str):
-            raise Refused(f"it returned a {type(body).__name__}, expected a str: the kernel's body in CUDA")
-        if missing := no_emulator():
-            raise NotHere(f"no emulator: {missing}")
-        given = [a.clone() if isinstance(a, Tensor) else a for a in args]
-        given[out].fill_(torch.nan)
-        try:
-            emulator.run(kernel_text(name, body), name, grid, block, given)
-        except emulator.EmulatorError as error:
-            raise Refused(str(error)) from None
-        return given[out]
-
-    return observe
+    return partial(_ran, name=name, grid=grid, block=block, args=args, out=out)
 
 
 def _launch(name: str, grid: int, block: int, **numbers) -> str:

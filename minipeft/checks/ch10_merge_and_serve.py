@@ -9,6 +9,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -232,7 +233,7 @@ def as_one(draw: Draw) -> Iterator[Case]:
         yield Case(
             given={"As": As, "Bs": Bs, "scales": scales, "weights": weights},
             want=total(weights),
-            observe=lambda returned, after, given, R=sum(ranks), shape=(d_out, d_in): _product(returned, R, shape),
+            observe=partial(_product, R=sum(ranks), shape=(d_out, d_in)),
             vacuous={"the first one alone": deltas[0], "the plain sum": total([1.0] * len(ranks))},
             mistakes={
                 "the scales s_i are missing": total([w / s for w, s in zip(weights, scales, strict=True)]),
@@ -246,7 +247,7 @@ def as_one(draw: Draw) -> Iterator[Case]:
         )
 
 
-def _product(returned, R: int, shape: tuple[int, int]) -> Tensor:
+def _product(returned, after: dict, before: dict, R: int, shape: tuple[int, int]) -> Tensor:
     """B A, where the factors have the right shapes."""
     if not (isinstance(returned, (tuple, list)) and len(returned) == 2):
         raise Refused(f"it returned a {type(returned).__name__}, expected two tensors, A and B")

@@ -156,19 +156,17 @@ def _stepped(model: nn.Module, ids: Tensor, lr: float, trained: tuple[str, ...],
     return _state(twin)
 
 
-def _trained_alone(name: str):
-    def observe(returned, mine: dict, given: dict):
-        model, before = mine["model"], given["model"]
-        if sockets.active_names(model) != sockets.active_names(before):
-            raise Refused(f"afterwards {list(sockets.active_names(model))} act; before, it was {list(sockets.active_names(before))}. "
-                          "A frozen part still acts")
-        for n, p in model.named_parameters():
-            own = n.startswith(f"{sockets.HOME}.{name}.")
-            if p.requires_grad != own:
-                raise Refused(f"{n} does not require gradients, but {name!r} is to be trained" if own else
-                              f"{n} still requires gradients; only {name!r} is to be trained, now and in later steps")
-        return _state(model)
-    return observe
+def _trained_alone(returned, mine: dict, given: dict) -> dict[str, Tensor]:
+    model, before, name = mine["model"], given["model"], given["name"]
+    if sockets.active_names(model) != sockets.active_names(before):
+        raise Refused(f"afterwards {list(sockets.active_names(model))} act; before, it was {list(sockets.active_names(before))}. "
+                      "A frozen part still acts")
+    for n, p in model.named_parameters():
+        own = n.startswith(f"{sockets.HOME}.{name}.")
+        if p.requires_grad != own:
+            raise Refused(f"{n} does not require gradients, but {name!r} is to be trained" if own else
+                          f"{n} still requires gradients; only {name!r} is to be trained, now and in later steps")
+    return _state(model)
 
 
 @exercise("train-one-part", points=2)
@@ -202,7 +200,7 @@ def train_one_part(draw: Draw) -> Iterator[Case]:
             want=want,
             test=others_stay,
             vacuous={"nothing trained": start},
-            observe=_trained_alone(name),
+            observe=_trained_alone,
             may_change=("model",),
             told=f"the adapters {', '.join(methods)}; to be trained: {name!r}" + (f"; {asleep!r} is frozen at first" if asleep else ""),
             mistakes={

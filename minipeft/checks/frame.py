@@ -195,61 +195,89 @@ class Exercise:
 
     def __call__(self, answer: Any, *, seed: int | None = None) -> Check:
         """Check `answer`. Give `seed` only to repeat a case that failed."""
+        return self.judge(lambda case: attempt(answer, case), seed=seed)
+
+    def judge(self, attempt: Callable[[Case], Attempt], *, seed: int | None = None) -> Check:
+        """Check an answer that may live in another process: `attempt(case)` tells what it made of a case."""
         seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
         before = random.getstate()
         with torch.random.fork_rng(devices=[]):  # the student's own random numbers go on undisturbed
             torch.manual_seed(seed)
             random.seed(seed)
             try:
-                found = self._judge(answer, seed)
+                found = self._judge(attempt, seed)
             finally:
                 random.setstate(before)
         return Check(self.id, seed=seed, points=self.points, **found)
 
-    def _judge(self, answer: Any, seed: int) -> dict[str, str]:
-        """Status, reason, case and likely mistake of `answer`, as fields of a Check."""
+    def _judge(self, attempt: Callable[[Case], Attempt], seed: int) -> dict[str, str]:
+        """Status, reason, case and likely mistake of an answer, as fields of a Check."""
         cases = list(self.cases(Draw(seed)))
         if trouble := broken(cases):
             return {"status": "broken", "why": f"the check itself is wrong, not your answer: {trouble}"}
-        if answer is None or answer is Ellipsis:
-            return {"status": "not attempted"}
-        if not callable(answer):
-            return {"status": "failed", "why": f"expected a function, got a {type(answer).__name__}"}
         for number, case in enumerate(cases, start=1):
-            status, why, likely = self._ask(answer, case, first=number == 1)
+            status, why, likely = _compare(attempt(case), case, first=number == 1)
             if status == "failed":
                 return {"status": status, "why": why, "likely": likely, "case": case.told or describe(case.given)}
             if status != "passed":
                 return {"status": status, "why": why}
         return {"status": "passed"}
 
-    def _ask(self, answer: Callable, case: Case, first: bool) -> tuple[str, str, str]:
-        mine = copy.deepcopy(case.given)
-        try:
-            value = answer(*mine.values())
-        except NotImplementedError as error:
-            return "not attempted", str(error), ""
-        except (Exception, SystemExit) as error:
-            return "failed", f"raised {type(error).__name__}: {error}{_line_of(error, answer)}", ""
-        if value is Ellipsis or (value is None and case.observe is None) or (value is None and is_stub(answer)):
-            if first:
-                return "not attempted", "it returned nothing (if you did write it, is a return missing?)", ""
-            return "failed", "it returned nothing here, though it did in an earlier case", ""
-        for name, original in case.given.items():
-            if name not in case.may_change and not same_bytes(mine[name], original):
-                return "failed", f"it changed its argument {name!r} in place", ""
-        try:
-            value = case.observe(value, mine, case.given) if case.observe else value
-            reason = case.refuse(value)
-        except Refused as refusal:
-            return "failed", str(refusal), ""
-        except NotHere as reason:
-            return "not checked", str(reason), ""
-        except Exception as error:  # an object that breaks when it is looked at
-            return "failed", f"what it returned cannot be judged: {type(error).__name__}: {error}", ""
-        if reason is None:
-            return "passed", "", ""
-        return "failed", reason, _named_mistake(case, value)
+
+@dataclass(frozen=True)
+class Attempt:
+    """What an answer made of one case, before anything is compared."""
+
+    value: Any = None
+    status: str = "returned"  # or "nothing" (returned), "not attempted", "not checked" or "failed", with the reason
+    why: str = ""
+
+
+def attempt(answer: Any, case: Case) -> Attempt:
+    """Call `answer` on copies of what the case gives. Needs only `given`, `observe` and `may_change` of the case."""
+    if answer is None or answer is Ellipsis:
+        return Attempt(status="not attempted")
+    if not callable(answer):
+        return Attempt(status="failed", why=f"expected a function, got a {type(answer).__name__}")
+    mine = copy.deepcopy(case.given)
+    try:
+        value = answer(*mine.values())
+    except NotImplementedError as error:
+        return Attempt(status="not attempted", why=str(error))
+    except (Exception, SystemExit) as error:
+        return Attempt(status="failed", why=f"raised {type(error).__name__}: {error}{_line_of(error, answer)}")
+    if value is Ellipsis or (value is None and case.observe is None) or (value is None and is_stub(answer)):
+        return Attempt(status="nothing")
+    for name, original in case.given.items():
+        if name not in case.may_change and not same_bytes(mine[name], original):
+            return Attempt(status="failed", why=f"it changed its argument {name!r} in place")
+    try:
+        return Attempt(case.observe(value, mine, case.given) if case.observe else value)
+    except Refused as refusal:
+        return Attempt(status="failed", why=str(refusal))
+    except NotHere as reason:
+        return Attempt(status="not checked", why=str(reason))
+    except Exception as error:  # an object that breaks when it is looked at
+        return Attempt(status="failed", why=_unjudgeable(error))
+
+
+def _compare(found: Attempt, case: Case, first: bool) -> tuple[str, str, str]:
+    """Status, reason and likely mistake."""
+    if found.status == "nothing":
+        if first:
+            return "not attempted", "it returned nothing (if you did write it, is a return missing?)", ""
+        return "failed", "it returned nothing here, though it did in an earlier case", ""
+    if found.status != "returned":
+        return found.status, found.why, ""
+    try:
+        reason = case.refuse(found.value)
+        return ("failed", reason, _named_mistake(case, found.value)) if reason else ("passed", "", "")
+    except Exception as error:
+        return "failed", _unjudgeable(error), ""
+
+
+def _unjudgeable(error: Exception) -> str:
+    return f"what it returned cannot be judged: {type(error).__name__}: {error}"
 
 
 def exercise(id: str, *, points: int = 1) -> Callable[[Callable[[Draw], Iterator[Case]]], Exercise]:
