@@ -109,12 +109,15 @@ class Stretch(torch.autograd.Function):
     """y' = c z + (1 - c) b. z (…, out) = V x + b, c (out,) the factors, b (out,) the frozen bias or None.
 
     ∂loss/∂c = Σ_N g ∘ (z - b) needs z, or y', for z - b = (y' - b) / c. `keep_output` says that y' is to be kept,
-    which takes no memory of its own where the model keeps y' too; no c may then be 0, nor y' be overwritten.
+    in the place of z, which takes no memory of its own where the model keeps y' too; no c may then be 0.
     """
 
     @staticmethod
     def forward(ctx, z, c, b, keep_output):
-        y = (c * z if b is None else torch.addcmul((1 - c) * b, c, z)).to(z.dtype)
+        y = z if keep_output else torch.empty_like(z)
+        torch.mul(c, z, out=y) if b is None else torch.addcmul((1 - c) * b, c, z, out=y)
+        if keep_output:
+            ctx.mark_dirty(y)
         ctx.save_for_backward(y if keep_output else z, c, b)
         ctx.keep_output = keep_output
         return y
@@ -125,12 +128,12 @@ class Stretch(torch.autograd.Function):
         grad_z = grad_c = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_z = (c * g).to(g.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            G = g.reshape(-1, len(c)).sum(0, dtype=c.dtype)      # Σ_N g, (out,)
         if ctx.needs_input_grad[1]:
             grad_c = (g * kept).reshape(-1, len(c)).sum(0, dtype=c.dtype)
-            grad_c = grad_c if b is None else grad_c - b * G
-            grad_c = grad_c / c if ctx.keep_output else grad_c
-        if ctx.needs_input_grad[2]:
-            grad_b = ((1 - c) * G).to(b.dtype)
+        if b is not None:
+            G = g.reshape(-1, len(c)).sum(0, dtype=c.dtype)      # Σ_N g, (out,)
+            grad_c = grad_c - b * G if ctx.needs_input_grad[1] else None
+            grad_b = ((1 - c) * G).to(b.dtype) if ctx.needs_input_grad[2] else None
+        if ctx.keep_output and grad_c is not None:
+            grad_c = grad_c / c
         return grad_z, grad_c, grad_b, None
