@@ -16,15 +16,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test run test-notebooks results notebooks bench setup clean
+.PHONY: help lab test run test-notebooks test-colab test-browser results notebooks badges bench setup clean
 
 help:
 	@echo "make lab              set up, then open the course in JupyterLab"
 	@echo "make test             set up, then run the tests"
 	@echo "make run NB=05        run one notebook without a browser; writes an HTML with its outputs"
 	@echo "make test-notebooks   run every notebook, student's and solution, in the smoke profile"
+	@echo "make test-colab       run notebooks as Colab would: without this checkout, beside its own torch"
+	@echo "make test-browser     run notebooks in JupyterLab, in a browser; screenshots in build/browser"
 	@echo "make results          measure the course's tables again (cpu profile; takes long)"
 	@echo "make notebooks        build the notebooks from notebooks/source"
+	@echo "make badges REPO=owner/name   where the course is published, into every notebook"
 	@echo "make bench            time and memory beside Hugging Face PEFT and bitsandbytes"
 	@echo "make setup            set up only: .venv, packages, base models, data"
 	@echo "make clean            remove .venv and everything built; the model cache stays"
@@ -80,11 +83,29 @@ name-a-notebook:
 test-notebooks: setup
 	$(PYTHON) notebooks/tools.py test
 
+# Two workers, each with an environment of its own that looks like Colab's.
+test-colab: setup
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/run_colab.py
+
+test-browser: setup $(VENV)/installed-browser
+	$(PYTHON) -m pytest -q tests/run_browser.py
+
+$(VENV)/installed-browser: $(INSTALLED)
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	@touch $@
+
 results: setup
 	$(PYTHON) notebooks/tools.py results
 
 notebooks: $(INSTALLED)
 	$(PYTHON) notebooks/tools.py build
+
+badges: $(if $(REPO),$(INSTALLED),name-a-repository)
+	$(PYTHON) notebooks/tools.py badges '$(subst ','\'',$(REPO))'
+
+.PHONY: name-a-repository
+name-a-repository:
+	@echo "Which repository? As on GitHub: make badges REPO=owner/name" >&2; exit 2
 
 bench: setup
 	$(PYTHON) tests/bench.py

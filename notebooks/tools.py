@@ -6,6 +6,7 @@
     python notebooks/tools.py test                  every notebook, both versions, smoke profile
     python notebooks/tools.py results               every solution notebook, cpu profile, measured
     python notebooks/tools.py keep 05               what the last run of one measured, into data/results
+    python notebooks/tools.py badges owner/name     where the course is published, into badges and set-up cells
 
 There is one source for each notebook, `notebooks/source/NN_name.py`, in jupytext's percent
 format. What authors write there is described in `notebooks/README.md`.
@@ -48,6 +49,8 @@ HINT = re.compile(r"\s*<details>\s*<summary>\s*Hint", re.IGNORECASE)
 HEADING = re.compile(r"^#{1,4}\s+(.+)$", re.MULTILINE)
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|tmp|var/folders|home/\w+|Users/\w+)/[\w./-]+")
 CHECK_MIME = "application/vnd.minipeft.check+json"  # how an exercise check reports its status
+# owner/name as on GitHub; neither part is "." or ".."
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w-]{0,38}/(?!\.{1,2}$)[\w.-]{1,100}", re.ASCII)
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
 LONGEST_CELL = 20  # lines of code
@@ -98,7 +101,7 @@ class Course:
         path = self.root / "pyproject.toml"
         settings = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         value = settings.get("tool", {}).get("minipeft", {}).get("repository")
-        if not (isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value)):
+        if not (isinstance(value, str) and REPOSITORY.fullmatch(value)):
             raise NotebookError(
                 f'pyproject.toml: [tool.minipeft] repository is {value!r}; expected "owner/name", '
                 "which fills {{repository}} in the notebooks"
@@ -300,6 +303,21 @@ def build(course: Course) -> list[Path]:
             write(notebook, target)
             written.append(target)
     return written
+
+
+def set_repository(course: Course, repository: str) -> None:
+    """Write `owner/name` into `[tool.minipeft] repository` of pyproject.toml, and change nothing else there."""
+    if not REPOSITORY.fullmatch(repository):
+        found = re.fullmatch(r"(?:https?://|git@)?(?:www\.)?github\.com[/:]([\w.-]+/[\w.-]+?)(?:\.git)?/?", repository)
+        did_you_mean = f"; did you mean {found[1]!r}?" if found and REPOSITORY.fullmatch(found[1]) else ""
+        raise NotebookError(f"the repository is {repository!r}; expected owner/name as on GitHub{did_you_mean}")
+    path = course.root / "pyproject.toml"
+    text = path.read_text(encoding="utf-8")
+    pattern = re.compile(r'(^\[tool\.minipeft\]\n(?:(?!\[).*\n)*?repository *= *)"[^"\n]*"', re.MULTILINE)
+    new, count = pattern.subn(lambda found: f'{found[1]}"{repository}"', text)
+    if count != 1:
+        raise NotebookError(f'{path}: has no line repository = "owner/name" under [tool.minipeft]')
+    path.write_text(new, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------- looking for trouble
@@ -817,6 +835,8 @@ def main(argv: list[str] | None = None, course: Course | None = None) -> int:
     kept = commands.add_parser("keep", help="write data/results from the last run of each, without running it again")
     kept.add_argument("notebooks", nargs="+")
     kept.add_argument("--profile", choices=PROFILES, default="cpu")
+    badges = commands.add_parser("badges", help="set where the course is published, and build")
+    badges.add_argument("repository", help="owner/name as on GitHub")
     args = parser.parse_args(argv)
     try:
         return _do(args, course)
@@ -826,6 +846,11 @@ def main(argv: list[str] | None = None, course: Course | None = None) -> int:
 
 
 def _do(args: argparse.Namespace, course: Course) -> int:
+    if args.command == "badges":
+        set_repository(course, args.repository)
+        written = build(course)
+        print(f"{args.repository}: pyproject.toml and {len(written)} notebooks; commit them together")
+        return 0
     if args.command == "build":
         for path in build(course):
             print(path.relative_to(course.root))

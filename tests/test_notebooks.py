@@ -173,6 +173,46 @@ def test_the_repository_comes_from_one_setting(tmp_path):
         tools.build(course)
 
 
+def test_badges_stamps_the_one_setting_into_badge_and_set_up_cell_and_keeps_the_rest(tmp_path, capsys):
+    setup = '\n# %% tags=["setup"]\nimport sys\nprint("git+https://github.com/{{repository}}")\n\n# %%\nprint(2)\n'
+    course = make(tmp_path, HEADER + setup)
+    settings = '# where\n[project]\nrepository = "not this"\n[tool.minipeft]\n# why\nrepository = "a/b"  # old\n[tool.x]\nrepository = "nor this"\n'
+    (tmp_path / "pyproject.toml").write_text(settings)
+    tools.build(course)
+    notebook = tools.read(course.built("07_tiny", "student"))
+    notebook.cells[2].outputs, notebook.cells[2].execution_count = [nbformat.v4.new_output("stream", text="2\n")], 1
+    tools.write(notebook, course.built("07_tiny", "student"))
+    assert tools.main(["badges", "Some-one/course.2"], course) == 0
+    assert "Some-one/course.2: pyproject.toml and 2 notebooks" in capsys.readouterr().out
+    assert (tmp_path / "pyproject.toml").read_text() == settings.replace("a/b", "Some-one/course.2")
+    for version in tools.VERSIONS:
+        badge, stamped, _ = cells(course, version)
+        assert "/github/Some-one/course.2/blob/main/notebooks/07_tiny.ipynb" in badge.source
+        assert "git+https://github.com/Some-one/course.2" in stamped.source
+    assert cells(course)[2].outputs[0].text == "2\n"  # what was measured stays
+
+
+@pytest.mark.parametrize(
+    "repository, hint",
+    [("", ""), ("name", ""), ("a/b/c", ""), ("_a/b", ""), ("a.b/c", ""), ("a/..", ""), ("a b/c", ""), ('a/b"\nx = "1', ""), ("ä/b", ""),
+     ("https://github.com/some-one/course", "; did you mean 'some-one/course'?"),
+     ("git@github.com:some-one/course.git", "; did you mean 'some-one/course'?")],
+)  # fmt: skip
+def test_badges_refuses_what_is_no_repository_and_changes_nothing(tmp_path, capsys, repository, hint):
+    course = make(tmp_path, HEADER)
+    before = (tmp_path / "pyproject.toml").read_bytes()
+    assert tools.main(["badges", repository], course) == 1
+    assert f"the repository is {repository!r}; expected owner/name as on GitHub{hint}\n" in capsys.readouterr().err
+    assert (tmp_path / "pyproject.toml").read_bytes() == before and not course.built("07_tiny", "student").exists()
+
+
+def test_badges_needs_the_setting_that_it_sets(tmp_path, capsys):
+    course = make(tmp_path, HEADER)
+    (tmp_path / "pyproject.toml").write_text('[project]\nrepository = "a/b"\n')
+    assert tools.main(["badges", "c/d"], course) == 1
+    assert "has no line repository" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------- checking
 
 

@@ -23,6 +23,7 @@ REPO = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 EVERYTHING = PROJECT["dependencies"] + [one for extra in EXTRAS.values() for one in extra]
+COURSE = ("notebooks", "test")  # the extras that everybody installs; the others are for one make target each
 PIP_ROUTE = 'pip install -c constraints.txt -e ".[notebooks,test]"'
 
 
@@ -61,8 +62,8 @@ def test_conda_and_pyproject_name_the_same_dependencies():
     (by_pip,) = [one["pip"] for one in conda if isinstance(one, dict)]
     options = [one for one in by_pip if one.startswith("-")]
     requirements = [one for one in by_pip if not one.startswith("-")]
-    assert sorted(requirements) == sorted(EVERYTHING)
-    assert options == ["--constraint constraints.txt", f"--editable .[{','.join(EXTRAS)}]"]
+    assert sorted(requirements) == sorted(PROJECT["dependencies"] + [one for extra in COURSE for one in EXTRAS[extra]])
+    assert options == ["--constraint constraints.txt", f"--editable .[{','.join(COURSE)}]"]
 
 
 def test_conda_brings_a_python_that_the_package_accepts():
@@ -76,7 +77,7 @@ def test_the_readme_and_make_install_the_same():
     assert PIP_ROUTE in readme and "conda env create -f environment.yml" in readme
     recipe = (REPO / "Makefile").read_text()
     assert 'install --constraint constraints.txt --editable ".[notebooks,test]"' in recipe
-    assert set(EXTRAS) == {"notebooks", "test"}
+    assert set(EXTRAS) == {*COURSE, "browser"} and 'constraint constraints.txt --editable ".[browser]"' in recipe
 
 
 def test_the_constraints_pin_every_dependency_inside_its_range():
@@ -212,6 +213,19 @@ def test_run_without_a_notebook_asks_for_one():
     answer = make(*ready(), "run")
     assert answer.returncode != 0
     assert "make run NB=05" in answer.stderr
+
+
+def test_badges_without_a_repository_asks_for_one():
+    answer = make(*ready(), "badges")
+    assert answer.returncode != 0
+    assert "make badges REPO=owner/name" in answer.stderr
+
+
+def test_badges_hands_over_whatever_is_named_without_a_shell_reading_it(tmp_path):
+    (tmp_path / "bin").mkdir()
+    pretend(tmp_path / "bin", "python", 'printf "%s\\n" "$@"')
+    answer = make("-o", f"{tmp_path}/installed", f"VENV={tmp_path}", "badges", "REPO=a/b'; echo $$PATH; echo '")
+    assert answer.stdout.splitlines()[-3:] == ["notebooks/tools.py", "badges", "a/b'; echo $PATH; echo '"]
 
 
 def status_of(address: str) -> int:
