@@ -53,6 +53,8 @@ CHECK_MIME = "application/vnd.minipeft.check+json"  # how an exercise check repo
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w-]{0,38}/(?!\.{1,2}$)[\w.-]{1,100}", re.ASCII)
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
+# A set-up cell installs minipeft without its dependencies, then completes them around torch and numpy.
+ON_COLAB = ('if "google.colab" in sys.modules', "--no-deps", "git+https://github.com/", "colab.complete()")
 LONGEST_CELL = 20  # lines of code
 LONGEST_SETUP = 15
 FEWEST_CELLS, MOST_CELLS = 15, 60
@@ -366,6 +368,9 @@ def check(course: Course) -> tuple[list[str], list[str]]:
         for badge in badges:
             if not badge.endswith(f"/notebooks/{name}.ipynb"):
                 errors.append(f"{path}: the Colab badge opens {badge.rsplit('/', 1)[-1]!r}, not '{name}.ipynb'")
+        for cell in student.cells:
+            if "setup" in cell.metadata.get("tags", []) and not all(part in cell.source for part in ON_COLAB):
+                errors.append(f"{path}: the set-up cell does not prepare Colab; it needs {' and '.join(ON_COLAB)}")
         if not badges:
             warnings.append(f"{path}: no Colab badge")
         warnings += [f"{path}: {problem}" for problem in _cells_to_object_to(student)]

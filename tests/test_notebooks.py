@@ -244,6 +244,16 @@ def test_long_cells_wrong_badges_and_strange_files_are_found(tmp_path):
     assert "an exercise without its check" in warnings
 
 
+def test_a_set_up_cell_without_its_lines_for_colab_is_found(tmp_path):
+    lines = ["import subprocess, sys", 'if "google.colab" in sys.modules:',
+             '    subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "git+https://github.com/{{repository}}"], check=True)',
+             "    from minipeft import colab; colab.complete()"]  # fmt: skip
+    for left_out in (None, 2, 3):
+        code = "\n".join(line for i, line in enumerate(lines) if i != left_out)
+        course = make(tmp_path, HEADER + f'\n# %% tags=["setup"]\n{code}\n')
+        assert ("does not prepare Colab" in problems(course)) == (left_out is not None)
+
+
 @pytest.mark.parametrize(
     "output, message",
     [

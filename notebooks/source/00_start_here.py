@@ -32,9 +32,10 @@
 # Every chapter begins with such a cell. On Colab it installs what Colab lacks; elsewhere you have it already. Run it, then go on cell by cell with **Shift + Enter**.
 
 # %% tags=["setup"]
-import sys
+import subprocess, sys
 if "google.colab" in sys.modules:  # --no-deps: reinstalling torch or numpy under a live kernel breaks it
-    !pip install -q --no-deps "minipeft @ git+https://github.com/{{repository}}" gguf
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "git+https://github.com/{{repository}}"], check=True)
+    from minipeft import colab; colab.complete()
 
 import hashlib, math, os, time
 import torch, transformers

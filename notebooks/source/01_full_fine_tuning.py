@@ -26,9 +26,10 @@
 # **The papers:** Loshchilov & Hutter 2019, *Decoupled Weight Decay Regularization*, [arXiv:1711.05101](https://arxiv.org/abs/1711.05101): you build AdamW, its algorithm 2. Pascanu et al. 2013, [arXiv:1211.5063](https://arxiv.org/abs/1211.5063): clipping, algorithm 1. Chaudhry et al. 2018, [arXiv:1801.10112](https://arxiv.org/abs/1801.10112): forgetting, equation 3.
 
 # %% tags=["setup"]
-import sys
+import subprocess, sys
 if "google.colab" in sys.modules:  # --no-deps: reinstalling torch or numpy under a live kernel breaks it
-    !pip install -q --no-deps "minipeft @ git+https://github.com/{{repository}}" gguf
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "git+https://github.com/{{repository}}"], check=True)
+    from minipeft import colab; colab.complete()
 
 import inspect, math, os, random, statistics, subprocess, tempfile
 from dataclasses import replace

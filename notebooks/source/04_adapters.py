@@ -25,9 +25,10 @@
 # **The papers:** Houlsby et al. 2019, *Parameter-Efficient Transfer Learning for NLP*, [arXiv:1902.00751](https://arxiv.org/abs/1902.00751): you build section 2.1 and figure 2. Pfeiffer et al. 2021, [arXiv:2005.00247](https://arxiv.org/abs/2005.00247), and He et al. 2022, [arXiv:2110.04366](https://arxiv.org/abs/2110.04366): other places. Rücklé et al. 2021, *AdapterDrop*, [arXiv:2010.11918](https://arxiv.org/abs/2010.11918). Ben Zaken et al. 2022, *BitFit*, [arXiv:2106.10199](https://arxiv.org/abs/2106.10199).
 
 # %% tags=["setup"]
-import sys
+import subprocess, sys
 if "google.colab" in sys.modules:  # --no-deps: reinstalling torch or numpy under a live kernel breaks it
-    !pip install -q --no-deps "minipeft @ git+https://github.com/{{repository}}" gguf
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "git+https://github.com/{{repository}}"], check=True)
+    from minipeft import colab; colab.complete()
 
 import hashlib, inspect, itertools, math, random, statistics, tempfile, time
 from dataclasses import dataclass, replace

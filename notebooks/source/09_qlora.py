@@ -29,8 +29,8 @@
 # %% tags=["setup"]
 import hashlib, inspect, math, statistics, subprocess, sys, tempfile, time, warnings
 if "google.colab" in sys.modules:  # --no-deps: reinstalling torch or numpy under a live kernel breaks it
-    wanted = ["git+https://github.com/{{repository}}", "gguf"]
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *wanted], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "git+https://github.com/{{repository}}"], check=True)
+    from minipeft import colab; colab.complete()
 from dataclasses import replace
 from pathlib import Path
 import torch, torch.nn.functional as F, transformers
