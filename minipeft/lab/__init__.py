@@ -16,6 +16,8 @@ _WHERE = {
     "charts": ("bill_figure", "heat_map"),
     "widgets": ("block_slider", "BlockSlider", "ordering", "Ordering", "rank_slider", "RankSlider"),
     "course": ("chapters",),
+    "guesses": ("guess", "guess_score", "Guesses"),
+    "exams": ("exam", "Exam"),
 }
 # No file bears a public function's name: importing it would hide the function behind the module.
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

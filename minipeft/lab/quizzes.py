@@ -16,8 +16,9 @@ LETTERS = "ABCDEFGHIJ"
 class Quiz:
     """Multiple-choice questions; `quiz` makes and checks them. Shown by the notebook as the last value of a cell."""
 
-    def __init__(self, questions: list[dict]):
+    def __init__(self, questions: list[dict], keep: str = ""):
         self.questions = questions
+        self.keep = keep
 
     def __repr__(self) -> str:
         lines = []
@@ -34,14 +35,29 @@ class Quiz:
         """The live form, an ipywidgets box."""
         from ipywidgets import HTMLMath, VBox
 
+        from minipeft.lab.kept import Kept
+
         score = HTMLMath()
-        done: dict[int, bool] = {}  # question -> whether the first answer was right
+        kept = Kept(self.keep) if self.keep else None
+        before = kept.read() if kept else {}  # question -> the answer of an earlier sitting
+        first: dict[int, str] = {}  # number -> the first answer
+        for number, q in enumerate(self.questions, start=1):
+            if before.get(q["question"]) in q["choices"]:
+                first[number] = before[q["question"]]
 
-        def answered(number: int, right: bool) -> None:
-            done.setdefault(number, right)
-            score.value = f'<span style="{MUTED}">{sum(done.values())} of {len(done)} right at the first try</span>'
+        def show_score() -> None:
+            right = sum(choice == self.questions[number - 1]["right"] for number, choice in first.items())
+            score.value = f'<span style="{MUTED}">{right} of {len(first)} right at the first try</span>' if first else ""
 
-        boxes = [_live_question(number, q, answered) for number, q in enumerate(self.questions, start=1)]
+        def answered(number: int, choice: str) -> None:
+            if number not in first:
+                first[number] = choice
+                if kept:
+                    kept.write(self.questions[number - 1]["question"], choice)
+            show_score()
+
+        show_score()
+        boxes = [_live_question(number, q, answered, first.get(number)) for number, q in enumerate(self.questions, start=1)]
         return VBox([*boxes, score])
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
@@ -49,7 +65,7 @@ class Quiz:
         return with_widget(static, self.widget)
 
 
-def quiz(questions: Iterable[Mapping]) -> Quiz:
+def quiz(questions: Iterable[Mapping], *, keep: str = "") -> Quiz:
     """A quiz to be shown. Each question is a dict:
 
     question   the text; `code` in backticks and $formulas$ are shown as such
@@ -58,6 +74,8 @@ def quiz(questions: Iterable[Mapping]) -> Quiz:
 
     The choices are shown in an order drawn from the question's text: always the same for a question,
     and no hint, however they were written down.
+
+    keep   a name under which the first answers are kept in a file (kept.py), to go on in another sitting
 
     ValueError where a reason is missing, or `right` is none of the choices.
     """
@@ -85,7 +103,7 @@ def quiz(questions: Iterable[Mapping]) -> Quiz:
         checked.append({"question": str(given["question"]), "choices": {c: choices[c] for c in order}, "right": right})
     if not checked:
         raise ValueError("a quiz needs at least one question")
-    return Quiz(checked)
+    return Quiz(checked, keep)
 
 
 def _folded_question(number: int, q: dict) -> str:
@@ -101,8 +119,8 @@ def _folded_question(number: int, q: dict) -> str:
     )
 
 
-def _live_question(number: int, q: dict, answered):
-    """One question with a button a choice. HTMLMath shows the formulas, which buttons cannot."""
+def _live_question(number: int, q: dict, answered, before: str | None = None):
+    """One question with a button a choice, `before` pressed already. HTMLMath shows the formulas, which buttons cannot."""
     from ipywidgets import Button, HBox, HTMLMath, Layout, VBox
 
     verdict = HTMLMath()
@@ -111,16 +129,21 @@ def _live_question(number: int, q: dict, answered):
         button = Button(description=letter, tooltip=f"Answer {letter}", layout=Layout(width="3em", min_width="3em"))
         buttons.append(button)
 
-        def clicked(pressed, choice=choice, reason=reason):
+        def show(pressed, choice=choice, reason=reason):
             right = choice == q["right"]
             colour, word = (GREEN, "Right.") if right else (RED, "Not right.")
             verdict.value = f'<span style="color:{colour}"><b>{word}</b></span> {marked(reason)}'
             for other in buttons:
                 other.button_style = ""
             pressed.button_style = "success" if right else "warning"
-            answered(number, right)
+
+        def clicked(pressed, choice=choice, show=show):
+            show(pressed)
+            answered(number, choice)
 
         button.on_click(clicked)
+        if choice == before:
+            show(button)
         rows.append(HBox([button, HTMLMath(marked(choice))], layout=Layout(align_items="center")))
     title = HTMLMath(f"<b>{number}.</b> {marked(q['question'])}")
     return VBox([title, *rows, verdict], layout=Layout(margin="0 0 1.2em 0"))
