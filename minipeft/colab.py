@@ -69,11 +69,11 @@ def _install(wanted: list[str], kept: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder, "kept.txt")
         constraints.write_text("\n".join(kept) + "\n")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *wanted]
+        command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", "--constraint", str(constraints), *wanted]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(
-            f"could not install {', '.join(wanted)}, which minipeft needs. pip said:\n\n{(done.stdout + done.stderr).strip()}\n\n"
+            f"could not install {', '.join(wanted)}, which minipeft needs. pip said:\n\n{(done.stdout + done.stderr).strip()[-3000:]}\n\n"
             "If it could not reach the package index, run this cell again. If it names a package that has to stay as "
             "it is, restart the session (Runtime > Restart session) and run this cell first."
         )

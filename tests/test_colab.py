@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parents[1]
 COLAB = {
     "torch": "2.11.0+cu128", "numpy": "2.0.2", "transformers": "5.9.0", "tokenizers": "0.22.2", "huggingface-hub": "1.17.0",
     "safetensors": "0.7.0", "filelock": "3.29.0", "psutil": "5.9.5", "tqdm": "4.67.3", "matplotlib": "3.10.0",
-    "ipywidgets": "7.7.1", "ipython": "7.34.0",
+    "ipywidgets": "7.7.1", "ipython": "7.34.0", "pyyaml": "6.0.3",
 }  # fmt: skip
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 
