@@ -91,6 +91,12 @@ class Adapters(nn.Module):
         self.register_state_dict_post_hook(_drop_own_keys)
         self.register_load_state_dict_post_hook(_forgive_own_keys)
 
+    def __setstate__(self, state: dict) -> None:
+        """Copied or unpickled; in another process transformers does not know the wrapped attention yet."""
+        super().__setstate__(state)
+        for _, implementation in self.attention:
+            _register_attention(implementation)
+
     def lengths(self) -> tuple[int, int]:
         """Positions that the live soft prompts take, and those that the live key/value prefixes take."""
         found = {"embedding": 0, "key/value": 0}
@@ -663,18 +669,11 @@ def _plug_attention(home: Adapters, name: str, model: nn.Module, path: str, piec
     transformers looks its attention function up by name; every layer of the model is given the name
     of a wrapper around the one that it used, which leaves layers without pieces as they were.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
     module = model.get_submodule(path)
     config = module.config
     implementation = config._attn_implementation
     if not implementation.startswith(WRAPPED):
-        AttentionInterface.register(
-            WRAPPED + implementation, partial(attention_with_prefix, implementation=implementation))
-        if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(
-                WRAPPED + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+        _register_attention(implementation)
         config._attn_implementation = WRAPPED + implementation
         home.attention.append((config, implementation))
     if not hasattr(module, "minipeft_plug"):
@@ -683,6 +682,16 @@ def _plug_attention(home: Adapters, name: str, model: nn.Module, path: str, piec
                   if hasattr(m, "relative_attention_bias") and p.partition(".")[0] == stack]
         module.minipeft_plug = KeyValuePlug(home, path, (biased or [module])[0])
     module.minipeft_plug.pieces[name] = piece
+
+
+def _register_attention(implementation: str) -> None:
+    """Make the wrapper around this attention function known to transformers, in this process."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(WRAPPED + implementation, partial(attention_with_prefix, implementation=implementation))
+    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(WRAPPED + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
 
 
 def _unplug_attention(home: Adapters, name: str, module: nn.Module) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -314,6 +315,18 @@ def test_a_copied_model_has_prompts_and_prefixes_of_its_own():
         twin, changed = copy.deepcopy(model), logits_of(model, "t5")
         random_state(twin.minipeft, seed=9)
         assert torch.equal(logits_of(model, "t5"), changed) and not torch.equal(logits_of(twin, "t5"), changed)
+
+
+def test_an_unpickled_prefix_works_in_a_process_in_which_none_was_ever_attached(monkeypatch):
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    model = attached("llama", "prefix")
+    right, pickled = logits_of(model, "llama"), pickle.dumps(model)
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.delitem(interface._global_mapping, model.config._attn_implementation)
+    with pytest.raises(KeyError):
+        logits_of(model, "llama")
+    assert torch.equal(logits_of(pickle.loads(pickled), "llama"), right)
 
 
 # ---------------------------------------------------------------- folding
