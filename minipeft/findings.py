@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -1052,12 +1053,12 @@ def hybrids_win(claimed) -> Finding:
     return Finding(HOLDS if gap > 2 * error else DEPENDS, gap=gap, error=error)
 
 
-def _peft():
+def _peft(part: str = ""):
+    """Hugging Face PEFT, which the package does without."""
     try:
-        import peft
+        return import_module(f"peft{part}")
     except ImportError:
         raise NotMeasured("Hugging Face PEFT is not installed here (pip install peft)") from None
-    return peft
 
 
 @finding
@@ -1094,9 +1095,7 @@ def peft_has_dora(claimed) -> Finding:
 
 @finding
 def peft_knows_targets(claimed) -> Finding:
-    _peft()
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
-
+    known = _peft(".utils.constants").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     return Finding(judge("llama" in known and len(known) > 10), architectures=len(known), llama=", ".join(known["llama"]))
 
 

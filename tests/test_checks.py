@@ -11,7 +11,7 @@ from torch import nn
 import minipeft as mp
 from minipeft.checks import exercises, frame
 from minipeft.checks import ch00_start, ch01_full, ch02_soft_prompts, ch04_adapters, ch05_lora, ch06_dora_ia3, ch07_nf4
-from minipeft.checks import ch08_cuda_kernel, ch09_qlora, ch10_merge_and_serve, ch11_hybrids
+from minipeft.checks import ch08_cuda_kernel, ch09_qlora, ch10_merge_and_serve, ch11_hybrids, ch13_fact_check
 from minipeft.checks.frame import Case, Draw, Exercise
 
 
@@ -1955,6 +1955,131 @@ def unwritten(*args):
     raise NotImplementedError
 
 
+# ---------------------------------------------------------------------------- answers of chapter 13
+
+
+def lora_share(c, r, kv=None, tied=None, head=0, norms=1, below=1):
+    d, inner, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+    narrow = d * (kv or c["num_key_value_heads"]) // c["num_attention_heads"]
+    shapes = [(d, d), (narrow, d), (narrow, d), (d, d), (inner, d), (inner, d), (d, inner)]
+    tables = 1 if (c["tie_word_embeddings"] if tied is None else tied) else 2
+    base = layers * (sum(o * i for o, i in shapes) + 2 * d * norms) + d * norms + tables * c["vocab_size"] * d
+    part = r * (layers * sum(o + i for o, i in shapes) + head * (c["vocab_size"] + d))
+    return 100 * part / (base + below * part)
+
+
+def fits(card, bits, share, bytes_each=16):
+    return card / (bits / 8 + bytes_each * share)
+
+
+def longer_prompt(hidden, heads, kv, inner, layers):
+    return layers * (2 * hidden // heads * kv + inner) // hidden + 1
+
+
+def wide_enough(percent, total, width, layers, per_layer=2, biases=1):
+    m = 1
+    while 100 * per_layer * layers * (2 * m * width + biases * (m + width)) < percent * total:
+        m += 1
+    return m
+
+
+def ruling(full, lora, low, high, ends=True, best=min, flip=False, drop=True):
+    found = []
+    for sweep in (full, lora):
+        losses = {r: x for r, x in sweep.items() if x is not None} if drop else {r: x or 0 for r, x in sweep.items()}
+        found.append(best(losses, key=losses.get))
+        if ends and found[-1] in (min(sweep), max(sweep)):
+            return "open"
+    times = found[1] / found[0] if flip else found[0] / found[1]
+    return "holds" if low <= times <= high else "wrong"
+
+
+def unpacked(tensors, held=lambda e, stored, bits: e * stored // bits, of=sum):
+    numbers = [held(e, stored, bits) for e, stored, bits, _ in tensors]
+    return 100 * sum(n for n, t in zip(numbers, tensors, strict=True) if t[3]) / of(numbers)
+
+
+RIGHT |= {
+    "lora-percent": [lora_share],
+    "largest-model": [fits, lambda card, bits, share: card * 8 / (bits + 128 * share)],
+    "tokens-above-ia3": [longer_prompt, lambda h, n, kv, i, layers: math.floor(layers * (2 * (h * kv // n) + i) / h) + 1],
+    "bottleneck-for": [wide_enough],
+    "verdict-on-rate": [ruling],
+    "percent-trained": [unpacked],
+}
+WRONG |= {
+    "lora-percent": [
+        lambda c, r: lora_share(c, r, kv=c["num_attention_heads"]),
+        lambda c, r: lora_share(c, r, below=0),
+        lambda c, r: lora_share(c, r) / 100,
+        lambda c, r: lora_share(c, 1),
+        lambda c, r: lora_share(c, r, head=1),
+        lambda c, r: lora_share(c, r, tied=False),
+        lambda c, r: lora_share(c, r, tied=True),
+        lambda c, r: lora_share(c, r, norms=0),
+        lambda c, r: lora_share(c | {"num_hidden_layers": 1}, r),
+        lambda c, r: round(lora_share(c, r), 2),
+        lambda c, r: lora_share({**c, "hidden_size": c.pop("hidden_size")}, r),
+        lambda c, r: 0.52,
+    ],
+    "largest-model": [
+        lambda card, bits, share: fits(card, 8 * bits, share),
+        lambda card, bits, share: fits(card, bits, 0),
+        lambda card, bits, share: fits(card, bits, share, 4),
+        lambda card, bits, share: fits(card, bits, share, 8),
+        lambda card, bits, share: fits(card, bits, share, 12),
+        lambda card, bits, share: fits(card, bits, share / 100),
+        lambda card, bits, share: fits(card, bits, share) * 1.024**3,
+        lambda card, bits, share: fits(card, bits, share) * 1e9,
+        lambda card, bits, share: card * (bits / 8 + 16 * share),
+        lambda card, bits, share: round(fits(card, bits, share)),
+    ],
+    "tokens-above-ia3": [
+        lambda h, n, kv, i, layers: longer_prompt(h, n, kv, i, layers) - 1,
+        lambda h, n, kv, i, layers: math.ceil(layers * (2 * h * kv // n + i) / h),
+        lambda h, n, kv, i, layers: longer_prompt(h, n, n, i, layers),
+        lambda h, n, kv, i, layers: layers * (h * kv // n + i) // h + 1,
+        lambda h, n, kv, i, layers: longer_prompt(h, n, kv, 0, layers),
+        lambda h, n, kv, i, layers: longer_prompt(h, n, kv, i, 1),
+        lambda h, n, kv, i, layers: layers * (2 * h * kv // n + i),
+        lambda h, n, kv, i, layers: float(longer_prompt(h, n, kv, i, layers)),
+        lambda h, n, kv, i, layers: 151,
+    ],
+    "bottleneck-for": [
+        lambda p, t, w, layers: wide_enough(p, t, w, layers) - 1,
+        lambda p, t, w, layers: wide_enough(p, t, w, layers) + 1,
+        lambda p, t, w, layers: wide_enough(p, t, w, layers, per_layer=1),
+        lambda p, t, w, layers: wide_enough(p, t, w, layers, biases=0),
+        lambda p, t, w, layers: wide_enough(p, t, w, 1) // layers,
+        lambda p, t, w, layers: math.ceil(p * t / (2 * layers) / (2 * w + 1)),
+        lambda p, t, w, layers: float(wide_enough(p, t, w, layers)),
+        lambda p, t, w, layers: 64,
+    ],
+    "verdict-on-rate": [
+        lambda full, lora, low, high: ruling(full, lora, low, high, ends=False),
+        lambda full, lora, low, high: ruling(full, lora, low, high, flip=True),
+        lambda full, lora, low, high: ruling(full, lora, low, high, best=max),
+        lambda full, lora, low, high: ruling(full, lora, low, high, drop=False),
+        lambda full, lora, low, high: ruling(lora, full, low, high),
+        lambda full, lora, low, high: ruling(full, lora, 0, high),
+        lambda full, lora, low, high: ruling(full, lora, low, math.inf),
+        lambda full, lora, low, high: ruling(full, lora, low, high) == "holds",
+        lambda full, lora, low, high: "wrong",
+        lambda full, lora, low, high: "open",
+    ],
+    "percent-trained": [
+        lambda tensors: unpacked(tensors, held=lambda e, stored, bits: e),
+        lambda tensors: unpacked(tensors, held=lambda e, stored, bits: e * stored),
+        lambda tensors: unpacked(tensors, held=lambda e, stored, bits: e * bits // stored),
+        lambda tensors: unpacked(tensors, held=lambda e, stored, bits: 2 * e if bits == 4 else e),
+        lambda tensors: unpacked(tensors) / 100,
+        lambda tensors: unpacked(tensors, of=lambda numbers: numbers[0]),
+        lambda tensors: unpacked([t for t in tensors if t[1] == t[2]]),
+        lambda tensors: 100 - unpacked(tensors),
+    ],
+}
+
+
 def test_every_exercise_of_the_course_has_right_and_wrong_answers_here():
     assert set(exercises()) == set(RIGHT) == set(WRONG)
     assert set(exercises("ch05_lora")) == {"lora-forward", "lora-init", "lora-parameter-count", "lora-merge", "freeze"}
@@ -2031,6 +2156,11 @@ def test_a_stub_is_not_attempted(id, answer):
         ("train-one-part", WRONG["train-one-part"][4], "the other adapters did not act"),
         ("fold-what-can", folds(stop=lambda left: False), "a LoRA behind an adapter was folded"),
         ("set-rates", each_rate(lambda g, groups, factor: factor * groups[0]["initial_lr"]), "the first group's peak"),
+        ("lora-percent", lambda c, r: lora_share(c, r, kv=c["num_attention_heads"]), "as wide as queries"),
+        ("largest-model", lambda card, bits, share: fits(card, bits, 0), "nothing but the frozen weights"),
+        ("tokens-above-ia3", WRONG["tokens-above-ia3"][1], "that is not more"),
+        ("verdict-on-rate", lambda *given: ruling(*given, flip=True), "upside down"),
+        ("percent-trained", WRONG["percent-trained"][0], "elements are counted"),
     ],
 )
 def test_the_likely_mistake_is_named(id, answer, words):
