@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test run test-notebooks test-colab test-browser results notebooks badges bench setup clean
+.PHONY: help lab test run test-notebooks test-colab test-browser results results-chapters notebooks badges bench setup clean
 
 help:
 	@echo "make lab              set up, then open the course in JupyterLab"
@@ -25,7 +25,8 @@ help:
 	@echo "make test-notebooks   run every notebook, student's and solution, in the smoke profile"
 	@echo "make test-colab       run notebooks as Colab would: without this checkout, beside its own torch"
 	@echo "make test-browser     run notebooks in JupyterLab, in a browser; screenshots in build/browser"
-	@echo "make results          measure the course's tables again (cpu profile; takes long)"
+	@echo "make results          the one comparison: measure what is missing of it (about three hours in all)"
+	@echo "make results-chapters the chapters' own tables again, cpu profile (about two hours)"
 	@echo "make notebooks        build the notebooks from notebooks/source"
 	@echo "make badges REPO=owner/name   where the course is published, into every notebook"
 	@echo "make bench            time and memory beside Hugging Face PEFT and bitsandbytes"
@@ -94,7 +95,11 @@ $(VENV)/installed-browser: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	@touch $@
 
+# Goes on where it was stopped. For a part of it: .venv/bin/python notebooks/compare.py --list
 results: setup
+	$(PYTHON) notebooks/compare.py
+
+results-chapters: setup
 	$(PYTHON) notebooks/tools.py results
 
 notebooks: $(INSTALLED)

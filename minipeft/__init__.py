@@ -35,6 +35,7 @@ _WHERE = {
     "checkpoint": ("save_adapter", "load_adapter"),
     "latency": ("measure_latency", "count_operators"),
     "bill": ("parameter_report", "memory_bill"),
+    "choosing": ("recommend",),
     "profiles": ("profile", "pick"),
 }
 # No file bears a public function's name: importing it would hide the function behind the module.

@@ -25,6 +25,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import ctypes
+import gc
 import hashlib
 import importlib.util
 import json
@@ -192,6 +195,7 @@ def measure(run: Run, budget: Budget, heads: str, first_only: bool = False) -> d
         trains = run.method == "full fine-tuning" or run.rate is not None
         torch.manual_seed(run.seed)
         plug(run, model, settings)
+        give_back()
     except ValueError as refusal:                                # BitFit on a model without biases
         return {"refused": str(refusal)}
     data = cards_data(run, budget) if run.task == "cards" else sentiment_data(run, budget)
@@ -245,7 +249,10 @@ def start(run: Run, budget: Budget, heads: Path):
 
     torch.manual_seed(run.seed)
     if run.task == "cards":
-        return mp.load_base(MODEL["cards"])
+        model, tokenizer = mp.load_base(MODEL["cards"])
+        for p in model.parameters():                             # out of the file's pages, into memory that can be given back
+            p.data = p.data.clone()
+        return model, tokenizer
     model, tokenizer = mp.load_base(MODEL["sentiment"], num_labels=2)
     made = hashlib.sha256(repr((asdict(budget), run.domain, run.seed, run.texts, code_of("frozen base"))).encode()).hexdigest()[:16]
     file = heads / f"{made}.json"
@@ -260,6 +267,13 @@ def start(run: Run, budget: Budget, heads: Path):
     model.requires_grad_(True)
     write_json(file, [p.tolist() for p in model.classifier.parameters()])
     return model, tokenizer
+
+
+def give_back() -> None:
+    """Memory that is free goes back to the system: the float32 weights of a base that is in 4 bits now."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):           # glibc's; others keep less
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def file_size(run: Run, model) -> float:

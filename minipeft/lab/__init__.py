@@ -14,6 +14,8 @@ _WHERE = {
     "quizzes": ("quiz", "Quiz"),
     "plots": ("COLOURS", "live_curve", "LiveCurve", "new_figure", "smooth", "style", "three_sockets_figure"),
     "charts": ("bill_figure", "heat_map"),
+    "contest": ("comparison", "comparison_table", "comparison_figure", "sweep_figure", "question_figure"),
+    "advice": ("Advisor", "advisor"),
     "widgets": ("block_slider", "BlockSlider", "ordering", "Ordering", "rank_slider", "RankSlider"),
     "course": ("chapters",),
     "guesses": ("guess", "guess_score", "Guesses"),

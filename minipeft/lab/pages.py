@@ -118,7 +118,7 @@ def _plain(value, name: str):
 def runtime_box(notebook: str) -> Page:
     """Measured minutes and peak memory of a notebook such as `"05_lora"`, per profile.
 
-    Read from data/results/notebooks.json, which `make results` writes; a profile that has not been
+    Read from data/results/notebooks.json, which `make results-chapters` writes; a profile that has not been
     measured says so.
     """
     from minipeft.data import data_folder
