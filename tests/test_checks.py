@@ -2158,7 +2158,7 @@ def test_a_stub_is_not_attempted(id, answer):
         ("set-rates", each_rate(lambda g, groups, factor: factor * groups[0]["initial_lr"]), "the first group's peak"),
         ("lora-percent", lambda c, r: lora_share(c, r, kv=c["num_attention_heads"]), "as wide as queries"),
         ("largest-model", lambda card, bits, share: fits(card, bits, 0), "nothing but the frozen weights"),
-        ("tokens-above-ia3", WRONG["tokens-above-ia3"][1], "that is not more"),
+        ("tokens-above-ia3", WRONG["tokens-above-ia3"][1], "not more"),
         ("verdict-on-rate", lambda *given: ruling(*given, flip=True), "upside down"),
         ("percent-trained", WRONG["percent-trained"][0], "elements are counted"),
     ],
