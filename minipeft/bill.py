@@ -26,8 +26,8 @@ and the line through the two results gives the rest.
 What was found beside real runs (float32 on a CPU, tests/test_bill.py): within 1 % of the bytes that
 torch's profiler counts for one pass. A process grows by that, within 15 %, where its allocator gives
 freed memory back at once, and by up to a third more where it keeps it, as glibc's does by default.
-A decoder's rows lie in one sequence, as in mp.fit on a CPU. On a GPU they do not, the attention kernel
-is another one and the CUDA context takes some hundred MB more: that is not in the bill.
+All rows are as long as `seq`; shorter ones take less. On a GPU the attention kernel is another one and the
+CUDA context takes some hundred MB more: that is not in the bill.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from . import anatomy, packing, sockets
+from . import anatomy, sockets
 from .quant.linear4bit import Linear4bit, quantize
 from .training import CrossEntropy
 
@@ -519,8 +519,6 @@ def _one_pass(model: nn.Module, batch: int, seq: int, targets: int, lists: list[
     else:
         inputs |= {"use_cache": False}                           # padded on the right: no mask
     try:
-        if handles.enter_context(packing.switched(model, seq)):
-            inputs = packing.inputs(ids.tolist())
         for path in lists:
             watch(path)
         if head is not None:

@@ -143,6 +143,18 @@ void few_rows(const Tensor& x, const Tensor& packed, Scales scales, std::int64_t
     });
 }
 
+// Memory for n numbers, the calling thread's own and kept from call to call: the system hands out fresh memory page by
+// page, and filling it took longer than decoding into it. At most PANEL numbers, or one row of W.
+Tensor scratch(std::int64_t n, at::ScalarType type) {
+    static thread_local Tensor kept;
+    if (!kept.defined() || kept.scalar_type() != type || kept.numel() < n) {
+        c10::InferenceMode ordinary(false);
+        kept = Tensor();
+        kept = at::empty({n}, at::TensorOptions().dtype(type));
+    }
+    return kept.narrow(0, 0, n);
+}
+
 // y = x W^T, or x W if `transposed`; W (outputs, columns) is what is packed. x (..., columns), or (..., outputs).
 Tensor product(const Tensor& x, const Tensor& packed, const Tensor& absmax, std::int64_t outputs, std::int64_t columns,
                std::int64_t block_size, bool transposed, const Maybe& nested, const Maybe& map, const Maybe& offset) {
@@ -166,7 +178,7 @@ Tensor product(const Tensor& x, const Tensor& packed, const Tensor& absmax, std:
     flat = flat.to(type);
     Tensor y = at::empty({rows, out}, flat.options());
     std::int64_t height = std::clamp<std::int64_t>(PANEL / std::max<std::int64_t>(columns, 1), 1, outputs);
-    Tensor buffer = at::empty({height, columns}, flat.options().dtype(type == at::kDouble ? at::kFloat : type));
+    Tensor buffer = scratch(height * columns, type == at::kDouble ? at::kFloat : type).view({height, columns});
     for (std::int64_t o = 0; o < outputs; o += height) {
         Tensor panel = buffer.narrow(0, 0, std::min(height, outputs - o));
         decode(packed, scales, block_size, panel, o * columns, o * columns + panel.numel(), false);
