@@ -88,7 +88,7 @@ def score(model, domain: str) -> float:
     return mp.evaluate(model, tokenizer, test[domain])["accuracy"]
 
 # %%
-STEPS, BATCH = mp.pick(smoke=2, cpu=60, gpu=120), mp.pick(smoke=4, cpu=16, gpu=16)
+STEPS, BATCH = mp.pick(smoke=2, cpu=50, gpu=120), mp.pick(smoke=4, cpu=16, gpu=16)
 positive = {d: sum(e["label"] for e in test[d]) / len(test[d]) for d in DOMAINS}
 rows = [{"model": "always the commoner label"} | {d: max(p, 1 - p) for d, p in positive.items()}]
 model, tokenizer = fresh()
@@ -819,7 +819,7 @@ def train_step(one):
     mp.activate(one, "0")
     one(**wide, labels=torch.zeros(len(wide["input_ids"]), dtype=torch.long, device=one.device)).loss.backward()
 
-tries = mp.pick(smoke=1, cpu=5, gpu=20)
+tries = mp.pick(smoke=1, cpu=3, gpu=20)
 times = {k: {"step": [], "tasks": []} for k in K}
 for _ in range(1 + tries):                                     # the first round warms up
     for k, one in dropped.items():
