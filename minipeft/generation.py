@@ -76,6 +76,8 @@ def _generate(model, tokenizer, prompts, adapters, max_new_tokens, batch_size, p
                 with sockets.instead(model, rows) if rows else contextlib.nullcontext():
                     inputs = rows.inputs(batch, seen) if rows else {"input_ids": batch, "attention_mask": seen}
                     out = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+                if rows:
+                    rows.give_back()
                 # of embeddings transformers gives back only what is new
                 new = out if model.config.is_encoder_decoder or "inputs_embeds" in inputs else out[:, longest:]
                 for i, text in zip(chunk, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):

@@ -61,6 +61,7 @@ class Serve:
         self.model, self.limit = model, limit
         self.loaded: dict[str, Adapter] = {}                     # never changed, only replaced
         self.asked: dict[str, int] = {}                          # name -> when it was last asked for
+        self.spare: dict[str, tuple[Tensor, Tensor]] = {}        # path -> the last batch's stacks, to be written over
         before = sockets.active_names(model)
         sockets.plug(model, Adapter(HOLDER, self, [("module", path, Open()) for path, module
                                     in anatomy.base_modules(model).items() if anatomy.is_linear(module)]))
@@ -126,6 +127,7 @@ class Serve:
         rows = Rows(self.model, [found[i] for i in range(len(names))])
         with sockets.instead(self.model, rows):
             yield rows
+        rows.give_back()
         if rows.prompts and not rows.were_read:
             raise RuntimeError(f"rows {sorted(rows.prompts)} have a soft prompt, which comes in through "
                                "model(**rows.inputs(input_ids, attention_mask)); the model was called without it")
@@ -227,6 +229,8 @@ class Rows:
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter | None]):
         self.model, self.adapters, self.pieces, self.were_read = model, list(adapters), {}, False
+        shelf = shelf_of(model)
+        self.spare = shelf.spare if shelf is not None else {}
         self.prompts = {row: piece.P for row, adapter in enumerate(adapters) if adapter is not None
                         for piece in adapter.by_path.values() if isinstance(piece, Prompt)}
 
@@ -234,8 +238,17 @@ class Rows:
         """The one piece that all rows share, several gathered into one, or None if no row has any here."""
         if path not in self.pieces:
             rows = [adapter.by_path.get(path) if adapter is not None else None for adapter in self.adapters]
-            self.pieces[path] = rows[0] if len(set(rows)) == 1 else Gathered(rows)
+            self.pieces[path] = rows[0] if len(set(rows)) == 1 else Gathered(rows, self.spare.pop(path, None))
         return self.pieces[path]
+
+    def give_back(self) -> None:
+        """Leave the memory of the stacks to the next batch: filling fresh memory takes several times as long.
+
+        Not where gradients were kept, for a backward pass still reads the stacks. Used again, these rows stack anew.
+        """
+        self.spare |= {path: piece.stack[:2] for path, piece in self.pieces.items()
+                       if isinstance(piece, Gathered) and piece.stack is not None and not piece.with_gradients}
+        self.pieces = {}
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """What the model is called with, to read (B, T) ids: themselves, or [padding; P_i; e_i] if a row has a prompt.
@@ -260,8 +273,8 @@ class Rows:
 class Gathered:
     """One piece made of the rows' pieces at one module. x (n, …, in), y (n, …, out)."""
 
-    def __init__(self, rows: list[nn.Module | None]):
-        self.n = len(rows)
+    def __init__(self, rows: list[nn.Module | None], spare: tuple[Tensor, Tensor] | None = None):
+        self.n, self.spare, self.with_gradients = len(rows), spare, False
         self.inner = _factors([p.l if isinstance(p, RescaleInput) else None for p in rows])
         self.outer = _factors([p.whole() if isinstance(p, RescaleOutput) else None for p in rows])
         groups: dict[LowRank, list[int]] = {}                    # adapter's piece -> its rows, most often one
@@ -281,6 +294,7 @@ class Gathered:
     def _add_low_rank(self, x: Tensor, y: Tensor) -> Tensor:
         if self.stack is None:
             self._gather(y)
+        self.with_gradients |= torch.is_grad_enabled()
         A, Bt, s = self.stack                                    # (U, r, in), (U, r, out), (U, 1, 1)
         U, (n, out) = len(A), (self.n, y.shape[-1])
         x, Y = x.to(y.dtype).reshape(n, -1, x.shape[-1]), y.reshape(n, -1, out)  # Y is y itself
@@ -299,8 +313,8 @@ class Gathered:
         """Stack the factors of the adapters, and note which rows are whose."""
         factors = [piece.factors() for piece in self.groups]
         r = max(len(A) for A, _ in factors)
-        self.stack = (torch.stack([_to_rank(A.to(y.dtype), r) for A, _ in factors]),
-                      torch.stack([_to_rank(B.T.to(y.dtype), r) for _, B in factors]),
+        As, Bts = ([_to_rank(M.to(y.dtype), r) for M in side] for side in zip(*((A, B.T) for A, B in factors), strict=True))
+        self.stack = (_stacked(As, self.spare and self.spare[0]), _stacked(Bts, self.spare and self.spare[1]),
                       torch.tensor([piece.scale for piece in self.groups], dtype=y.dtype, device=y.device)[:, None, None])
         m = max(map(len, self.groups.values()))
         take = [row for rows in self.groups.values() for row in rows + rows[:1] * (m - len(rows))]  # filled up to m
@@ -310,6 +324,15 @@ class Gathered:
         rows = [row for rows in self.groups.values() for row in rows]
         back = [u * m + j for u, rows in enumerate(self.groups.values()) for j in range(len(rows))]
         self.take, self.rows, self.back = (torch.tensor(t, device=y.device) for t in (take, rows, back))
+
+
+def _stacked(tensors: list[Tensor], memory: Tensor | None) -> Tensor:
+    """torch.stack, into this memory if that fits."""
+    one, shape = tensors[0], (len(tensors), *tensors[0].shape)
+    if memory is None or (memory.shape, memory.dtype, memory.device) != (shape, one.dtype, one.device) \
+            or memory.is_inference() and not torch.is_inference_mode_enabled():
+        return torch.stack(tensors)
+    return torch.stack(tensors, out=memory)
 
 
 def _to_rank(M: Tensor, r: int) -> Tensor:

@@ -167,6 +167,50 @@ def test_rows_may_share_adapters_in_any_arrangement(names, tmp_path):
         assert (got[row] - expected)[mask[row].bool()].abs().max() < 1e-12 * expected.abs().max()
 
 
+@pytest.mark.parametrize("way", [torch.no_grad, torch.inference_mode])
+def test_the_next_batch_is_stacked_in_the_memory_of_the_last_one(way, tmp_path):
+    model = base()
+    low = {f"low{i}": METHODS["low"] for i in range(4)}
+    shelf = shelf_with(model, tmp_path, low | {"high": METHODS["high"]})
+    path, ids = next(iter(shelf.loaded["low0"].by_path)), torch.tensor([[5, 9, 3], [7, 4, 8]])
+    places = []
+    for names in (["low0", "low1"], ["low3", "low2"], ["high", "low0"], ["low1", "low0"]):
+        with way(), shelf.rows(names) as rows:
+            got = model(ids).logits
+            places.append(rows.get(path).stack[0].data_ptr())
+        for row, name in enumerate(names):
+            with torch.no_grad(), shelf.rows([name]):
+                expected = model(ids[row:row + 1]).logits[0]
+            assert (got[row] - expected).abs().max() < 1e-12 * expected.abs().max()
+    assert places[0] == places[1] and shelf.spare                # of another rank it is other memory
+
+
+def test_what_a_backward_pass_still_reads_is_not_stacked_over(tmp_path):
+    model = base()
+    shelf = shelf_with(model, tmp_path, {f"low{i}": METHODS["low"] for i in range(4)})
+    e = model.get_input_embeddings()(torch.tensor([[5, 9, 3], [7, 4, 8]])).detach().requires_grad_()
+
+    def loss(names):
+        with shelf.rows(names):
+            return model(inputs_embeds=e).logits.square().sum()
+    expected, = torch.autograd.grad(loss(["low0", "low1"]), e)
+    first = loss(["low0", "low1"])
+    with torch.no_grad():
+        loss(["low2", "low3"])
+        loss(["low3", "low2"])
+    assert torch.equal(torch.autograd.grad(first, e)[0], expected)
+
+
+def test_memory_made_in_inference_mode_is_not_written_to_outside_of_it(tmp_path):
+    model = base()
+    shelf = shelf_with(model, tmp_path, {f"low{i}": METHODS["low"] for i in range(2)})
+    ids, logits = torch.tensor([[5, 9, 3], [7, 4, 8]]), []
+    for way in (torch.inference_mode, torch.no_grad):
+        with way(), shelf.rows(["low0", "low1"]):
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+
+
 def test_rows_that_share_one_adapter_go_through_it_without_a_copy(tmp_path):
     model = base()
     shelf = shelf_with(model, tmp_path, {"low": METHODS["low"]})
