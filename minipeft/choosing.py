@@ -24,7 +24,10 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
-from .bill import MemoryBill, memory_bill
+import torch
+
+from . import sockets
+from .bill import MemoryBill, memory_bill, parameter_report
 from .data import data_folder
 from .methods.bitfit import BitFit
 from .methods.ia3 import IA3
@@ -190,7 +193,7 @@ class _Case:
 
     @property
     def parameters(self) -> int:
-        return self.bill(IA3()).parameters
+        return _counts(_frozen(self.config), IA3())[1]
 
     @property
     def decoder(self) -> bool:
@@ -202,6 +205,21 @@ class _Case:
 
 def _frozen(config) -> str:
     return json.dumps({"type": type(config).__name__} | config.to_dict(), sort_keys=True, default=str)
+
+
+@lru_cache(maxsize=256)
+def _counts(frozen: str, method) -> tuple[int, int]:
+    """(trained numbers, the base's numbers), counted on a model of shapes without values."""
+    import transformers
+
+    fields = json.loads(frozen)
+    config = getattr(transformers, fields.pop("type")).from_dict(fields)
+    kind = transformers.AutoModelForSequenceClassification if config.model_type == "bert" else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(config)
+        base = parameter_report(model).total
+        sockets.attach(model, replace(method, init="random") if isinstance(method, PromptTuning) else method)
+    return parameter_report(model).trainable, base
 
 
 @lru_cache(maxsize=256)
@@ -294,8 +312,8 @@ def _no_weights() -> Recommendation:
 def _small(case: _Case) -> Recommendation:
     """The most room within a share of trained numbers: LoRA, then (IA)³, BitFit, a soft prompt."""
     def share(method) -> float:
-        bill = case.bill(method)
-        return 100 * bill.trainable / bill.parameters
+        trained, base = _counts(_frozen(case.config), method)
+        return 100 * trained / base
 
     rooms = [(f"LoRA of rank {r}", LoRA(rank=r, alpha=2 * r, targets="all-linear"), 2e-4) for r in (16, 8, 4, 2, 1)]
     rooms += [("(IA)³", IA3(), 3e-3)] + ([] if case.decoder else [("BitFit", BitFit(), 3e-3)]) + \
@@ -330,9 +348,10 @@ def _everything(case: _Case) -> Recommendation:
         near = ()
         if score.figure is not None and score.figure >= 0.95:
             near = (Reason("“quality at any cost means full fine-tuning”: on the course's cards LoRA comes within 5 %, so try it first", score.source, score.figure),)
-        return Recommendation("full fine-tuning", checkpointing=checkpointing, rate=1e-5, bill=bill, against=near,
+        return Recommendation("full fine-tuning", checkpointing=checkpointing, rate=1e-5 if case.parameters > 1e9 else 2e-4, bill=bill, against=near,
                               reasons=(tried, paper("where much must change, low rank may not be enough: many data, a new language", "Schulman 2025"), score))
-    return replace(answer := _lora(case, rank=64), reasons=(tried, *answer.reasons, score))
+    answer = _lora(case, rank=64)
+    return replace(answer, reasons=(tried, *answer.reasons, score))
 
 
 def _large_classifier(case: _Case) -> Recommendation:
@@ -395,12 +414,15 @@ def _lora(case: _Case, rank: int | None = None) -> Recommendation:
 
 def _fit_base(case: _Case, method) -> Recommendation:
     """How the base is kept, so that a step fits: 16 bits, activations recomputed, 4 bits."""
-    for quantized, checkpointing in ((False, False), (False, True), (True, True)):
+    ways = [(False, False), (False, True), (True, True)]
+    if case.memory is not None and 2 * case.parameters > 1e9 * case.memory:   # the 16-bit weights alone are too much
+        ways = ways[2:]
+    for quantized, checkpointing in ways:
         bill = case.bill(method, quantized, checkpointing)
         if case.fits(bill):
             break
     gb = bill.total / 1e9
-    smaller = (case.bill(method, False, True).weights / bill.weights) if quantized else 1.0
+    smaller = 2 * case.parameters / bill.weights
     against = ()
     if case.memory is not None and case.parameters > 60e9 and case.memory <= 24:
         against = (Reason(f"“65B fits one card of 24 GB with QLoRA”: its 4-bit weights alone are {bill.weights / 1e9:.1f} GB; the paper used 48 GB",

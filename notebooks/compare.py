@@ -437,23 +437,18 @@ class Plan:
 
     def sweep(self, task: str, method: str) -> tuple[list[Run], float | None]:
         """The runs of the sweep as far as they are known, and the best rate once all of them are there."""
-        domain = "movies" if task == "sentiment" else ""
-        rates = list(grid(method, task, self.budget))
-        for _ in range(self.budget.extend + 1):
+        domain, rates = "movies" if task == "sentiment" else "", list(grid(method, task, self.budget))
+        most = len(rates) + self.budget.extend
+        while True:
             runs = [Run(task, method, rate, 0, domain) for rate in sorted(rates)]
             found = {run.rate: self.has(run) for run in runs}
             if not runs or not all(found.values()):
                 return runs, None
             losses = {rate: r["loss"] for rate, r in found.items() if r.get("loss") is not None}
-            if not losses:
-                return runs, None
-            best = min(losses, key=losses.get)
-            if self.budget.extend == 0 or best not in (min(rates), max(rates)):
+            best = min(losses, key=losses.get, default=None)
+            if len(rates) == most or best not in (None, min(rates), max(rates)) or any("refused" in r for r in found.values()):
                 return runs, best
-            if len(rates) == len(grid(method, task, self.budget)) + self.budget.extend:
-                return runs, best
-            rates.append(next_rate(best, best == max(rates)))
-        return [Run(task, method, rate, 0, domain) for rate in sorted(rates)], best
+            rates.append(next_rate(min(rates) if best is None else best, best == max(rates)))   # all diverged: lower
 
     def finals(self, task: str, method: str, rate: float | None) -> list[Run]:
         """The seeds (and domains) at one rate. What trains nothing on the cards is the same at each seed."""
@@ -695,6 +690,7 @@ class Bench:
         self.path, self.budget, self.heads = path, budget, heads
         self.records = read_records(path)
         self.about = provenance()
+        self.code = {name: code_of(name) for name in (*CONTESTANTS, "latency")}  # as it is now, when it is loaded
         self.context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
         if hasattr(self.context, "set_forkserver_preload"):
             self.context.set_forkserver_preload(["torch", "transformers", "minipeft.training", "minipeft.generation", "minipeft.bill"])
@@ -706,9 +702,9 @@ class Bench:
 
     def do(self, run: Run | str) -> dict:
         if isinstance(run, str):
-            record = self.alone(measure_latency, run.removeprefix("latency / "), self.budget) | {"code": code_of("latency")}
+            record = self.alone(measure_latency, run.removeprefix("latency / "), self.budget) | {"code": self.code["latency"]}
         else:
-            record = self.alone(measure, run, self.budget, str(self.heads)) | asdict(run) | {"code": code_of(run.method)}
+            record = self.alone(measure, run, self.budget, str(self.heads)) | asdict(run) | {"code": self.code[run.method]}
         self.records[run if isinstance(run, str) else run.key] = record | {"budget": asdict(self.budget)} | self.about
         write_records(self.path, self.records)
         return record
@@ -730,7 +726,7 @@ class Bench:
             print(f"{task}, {method}: the code has changed; {len(keys)} records", "stay, the first steps give the same loss" if same else "are measured again")
             for key in keys:
                 if same:
-                    self.records[key] |= {"code": code_of(method), "first steps repeated": self.about["date"]}
+                    self.records[key] |= {"code": self.code[method], "first steps repeated": self.about["date"]}
                 else:
                     del self.records[key]
         write_records(self.path, self.records)

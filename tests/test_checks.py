@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import statistics
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import minipeft as mp
 from minipeft.checks import exercises, frame
 from minipeft.checks import ch00_start, ch01_full, ch02_soft_prompts, ch04_adapters, ch05_lora, ch06_dora_ia3, ch07_nf4
-from minipeft.checks import ch08_cuda_kernel, ch09_qlora, ch10_merge_and_serve, ch11_hybrids, ch13_fact_check
+from minipeft.checks import ch08_cuda_kernel, ch09_qlora, ch10_merge_and_serve, ch11_hybrids, ch12_choosing, ch13_fact_check
 from minipeft.checks.frame import Case, Draw, Exercise
 
 
@@ -2080,6 +2081,100 @@ WRONG |= {
 }
 
 
+# ---------------------------------------------------------------------------- chapter 12: choosing
+
+
+def fair(trials, choose=lambda at: statistics.mean(t["validation"] for t in at), best=min, report=statistics.mean):
+    """Every method at the rate that `choose` finds best."""
+    found = {}
+    for name in dict.fromkeys(t["method"] for t in trials):
+        by_rate = {}
+        for t in trials:
+            if t["method"] == name:
+                by_rate.setdefault(t["rate"], []).append(t)
+        found[name] = report([t["test"] for t in best(by_rate.values(), key=choose)])
+    return found
+
+
+def lead_of(a, b, variance=statistics.variance, error=lambda s, n: s / n):
+    return statistics.mean(a) - statistics.mean(b), math.sqrt(error(variance(a), len(a)) + error(variance(b), len(b)))
+
+
+def front(rows, beats=lambda s, c, own, cost: s >= own and c <= cost and (s, c) != (own, cost)):
+    return {n for n, own, cost in rows if not any(beats(s, c, own, cost) for _, s, c in rows)}
+
+
+def held_bytes(frozen, trained, bits, each=16):
+    return frozen * bits / 8 + each * trained
+
+
+def served(weights, adapter, tasks, memory, merged=lambda w, a, n: n * w, apart=lambda w, a, n: w + n * a):
+    if merged(weights, adapter, tasks) <= memory:
+        return "merged"
+    return "unmerged" if apart(weights, adapter, tasks) <= memory else "neither"
+
+
+RIGHT |= {
+    "honest-scores": [fair, lambda trials: fair(trials[::-1])],
+    "lead-and-error": [lead_of, lambda a, b: (-lead_of(b, a)[0], lead_of(b, a)[1])],
+    "not-beaten": [front, lambda rows: sorted(front(rows))],
+    "standing-bytes": [held_bytes, lambda f, t, b: (f * b + 128 * t) / 8],
+    "how-to-serve": [served, lambda w, a, n, m: "merged" if n <= m / w else "unmerged" if n * a <= m - w else "neither"],
+}
+WRONG |= {
+    "honest-scores": [
+        lambda trials: fair(trials, lambda at: statistics.mean(t["test"] for t in at), max),
+        lambda trials: fair(trials, lambda at: min(t["validation"] for t in at)),
+        lambda trials: fair(trials, lambda at: statistics.median(t["validation"] for t in at), max),
+        lambda trials: fair(trials, report=max),
+        lambda trials: fair(trials, report=min),
+        lambda trials: fair(trials, lambda at: -at[0]["rate"]),
+        lambda trials: dict.fromkeys(fair(trials), 0.7),
+        lambda trials: {m: t["test"] for m in fair(trials) for t in [min((t for t in trials if t["method"] == m), key=lambda t: t["validation"])]},
+    ],
+    "lead-and-error": [
+        lambda a, b: lead_of(a, b, error=lambda s, n: s),
+        lambda a, b: lead_of(a, b, variance=statistics.pvariance),
+        lambda a, b: lead_of(a, b, error=lambda s, n: s / n**2),
+        lambda a, b: lead_of(b, a),
+        lambda a, b: (lead_of(a, b)[0], lead_of(a, b)[1] ** 2),
+        lambda a, b: (lead_of(a, b)[0], statistics.stdev(a) / math.sqrt(len(a)) + statistics.stdev(b) / math.sqrt(len(b))),
+        lambda a, b: (max(a) - max(b), lead_of(a, b)[1]),
+        lambda a, b: lead_of(a, b, error=lambda s, n: s / (len(a) + len(b))),
+    ],
+    "not-beaten": [
+        lambda rows: front(rows, lambda s, c, own, cost: s > own and c < cost),
+        lambda rows: {n for n, own, cost in rows if not any(s >= own and c <= cost for m, s, c in rows if m != n)},
+        lambda rows: front(rows, lambda s, c, own, cost: s > own),
+        lambda rows: front(rows, lambda s, c, own, cost: s >= own and c < cost),
+        lambda rows: front(rows, lambda s, c, own, cost: s > own and c <= cost),
+        lambda rows: {n for n, *_ in rows},
+        lambda rows: {n for n, *_ in rows} - front(rows),
+        lambda rows: {max(rows, key=lambda r: r[1])[0]},
+    ],
+    "standing-bytes": [
+        lambda f, t, b: held_bytes(f, t, b, 12),
+        lambda f, t, b: held_bytes(f, t, b, 8),
+        lambda f, t, b: held_bytes(f, t, b, 4),
+        lambda f, t, b: held_bytes(8 * f, t, b),
+        lambda f, t, b: held_bytes(f, t, b, 2 * b),
+        lambda f, t, b: held_bytes(f, t, b) / 2**10,
+        lambda f, t, b: held_bytes(0, t, b),
+        lambda f, t, b: held_bytes(4 * f, t, b),
+    ],
+    "how-to-serve": [
+        lambda *given: served(*given, merged=lambda w, a, n: math.inf),
+        lambda *given: served(*given, merged=lambda w, a, n: w),
+        lambda *given: served(*given, merged=lambda w, a, n: (n + 1) * w),
+        lambda *given: served(*given, apart=lambda w, a, n: n * a),
+        lambda *given: served(*given, apart=lambda w, a, n: w + a),
+        lambda *given: served(*given, apart=lambda w, a, n: n * (w + a)),
+        lambda w, a, n, m: served(w, a, n, m - 1),
+        lambda *given: "unmerged",
+    ],
+}
+
+
 def test_every_exercise_of_the_course_has_right_and_wrong_answers_here():
     assert set(exercises()) == set(RIGHT) == set(WRONG)
     assert set(exercises("ch05_lora")) == {"lora-forward", "lora-init", "lora-parameter-count", "lora-merge", "freeze"}
@@ -2156,6 +2251,10 @@ def test_a_stub_is_not_attempted(id, answer):
         ("train-one-part", WRONG["train-one-part"][4], "the other adapters did not act"),
         ("fold-what-can", folds(stop=lambda left: False), "a LoRA behind an adapter was folded"),
         ("set-rates", each_rate(lambda g, groups, factor: factor * groups[0]["initial_lr"]), "the first group's peak"),
+        ("honest-scores", WRONG["honest-scores"][0], "the test is not unseen"),
+        ("lead-and-error", WRONG["lead-and-error"][0], "the spread of single runs"),
+        ("not-beaten", WRONG["not-beaten"][0], "better in both"),
+        ("how-to-serve", WRONG["how-to-serve"][2], "the base is not needed"),
         ("lora-percent", lambda c, r: lora_share(c, r, kv=c["num_attention_heads"]), "as wide as queries"),
         ("largest-model", lambda card, bits, share: fits(card, bits, 0), "nothing but the frozen weights"),
         ("tokens-above-ia3", WRONG["tokens-above-ia3"][1], "not more"),
