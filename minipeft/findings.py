@@ -459,7 +459,8 @@ def prompt_starts(claimed) -> Finding:
     by_start = measured("02_soft_prompts", "starts")
     every = [100 * a for values in by_start.values() for a in values]
     gap = max(every) - min(every)
-    return Finding(HOLDS if near(gap, claimed[1] - claimed[0], 0.25) else DEPENDS, lowest=min(every), highest=max(every),
+    ends = near(min(every), claimed[0], 0.03) and near(max(every), claimed[1], 0.03)
+    return Finding(HOLDS if ends else DEPENDS, lowest=min(every), highest=max(every),
                    gap=gap, runs=len(every), majority=100 * measured("02_soft_prompts", "sentiment", "majority"))
 
 
@@ -681,7 +682,7 @@ def ia3_against_lora(claimed) -> Finding:
     """Points of accuracy on film reviews, (IA)³ over LoRA."""
     films = measured("06_dora_and_ia3", "films")
     gap = 100 * (films["(IA)³"]["accuracy"] - films["LoRA"]["accuracy"])
-    return Finding(HOLDS if near(gap, claimed, 0.25) else DEPENDS, points=gap)
+    return Finding(HOLDS if near(gap, claimed, 0.1) else DEPENDS, points=gap)
 
 
 # ---------------------------------------------------------------------------- LoRA
@@ -915,7 +916,7 @@ def loftq_quality(claimed) -> Finding:
     plain, loftq = ([seed["after"] for seed in measured("09_qlora", "loftq", f"QLoRA, {start}")] for start in ("plain", "LoftQ"))
     means = [sum(losses) / len(losses) for losses in (plain, loftq)]
     spread = max(plain) - min(plain)
-    return Finding(HOLDS if means[0] - means[1] > max(spread, 0.02) else DEPENDS, plain=means[0], loftq=means[1], spread=spread)
+    return Finding(HOLDS if means[0] - means[1] > 2 * spread else DEPENDS, plain=means[0], loftq=means[1], spread=spread)
 
 
 # ---------------------------------------------------------------------------- memory and 4 bits

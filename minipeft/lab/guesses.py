@@ -87,27 +87,23 @@ def _revealed(claim: Claim) -> str:
 
 
 def _live(claim: Claim, before: str | None, guessed):
-    from ipywidgets import HTML, Button, HBox, Layout, VBox
+    from ipywidgets import HTML, ToggleButtons, VBox
 
-    revealed, buttons = HTML(), {}
+    revealed = HTML()
+    buttons = ToggleButtons(options=[(label, verdict) for verdict, label in BUTTONS.items()], value=None, style={"button_width": "auto"})
 
     def show(verdict: str) -> None:
         right = verdict == claim.guess
         word = "" if claim.finding().verdict == OPEN else (
-            f'<b style="color:{GREEN}">Guessed.</b> ' if right else f'<b style="color:{RED}">You said: {verdict}.</b> ')
+            f'<b style="color:{GREEN}">Guessed.</b>' if right else f'<b style="color:{RED}">You said: {verdict}.</b>')
         revealed.value = f'<div style="margin-left:1.2em">{word}</div>{_revealed(claim)}'
-        for name, button in buttons.items():
-            button.button_style = "" if name != verdict else "success" if right else "warning"
 
-    for verdict, label in BUTTONS.items():
-        button = Button(description=label, tooltip=verdict, layout=Layout(width="auto"))
-        buttons[verdict] = button
+    def clicked(change) -> None:
+        show(change["new"])
+        guessed(claim, change["new"])
 
-        def clicked(_, verdict=verdict):
-            show(verdict)
-            guessed(claim, verdict)
-
-        button.on_click(clicked)
-    if before in buttons:
+    if before in VERDICTS:
+        buttons.value = before
         show(before)
-    return VBox([HTML(_stated(claim)), HBox(list(buttons.values())), revealed])
+    buttons.observe(clicked, names="value")
+    return VBox([HTML(_stated(claim)), buttons, revealed])

@@ -44,7 +44,7 @@ lab.runtime_box("13_fact_check")
 # %% [markdown]
 # ## Before you read on
 #
-# The course grew from three articles: a developer's story, a lesson, and an overview for companies. All three are read by thousands. Write down what you expect. Replace the `None` below; near the end a cell puts your answers beside the computed ones.
+# The course grew from three articles: a developer's story, a lesson, and an overview for companies. Write down what you expect. Replace the `None` below; near the end a cell puts your answers beside the computed ones.
 #
 # 1. How many **percent** of the claims hold as they are printed?
 # 2. Of those with a printed number that can be computed, how many **percent** are wrong?
@@ -346,7 +346,7 @@ check.largest_model(largest_model)
 # %% [markdown]
 # ### Exercise 6: find the bug · 10 minutes · medium
 #
-# A model in 4 bits reports twice its share of trained numbers. It happened in public: a well-known library asked each tensor how many elements it has. Two 4-bit numbers lie in each element of a packed tensor. The first cell makes the mistake on a real model; then write the count that no packing fools.
+# A model in 4 bits reports nearly twice its share of trained numbers. It has happened in public code: each tensor was asked how many elements it has. Two 4-bit numbers lie in each element of a packed tensor. The first cell makes the mistake on a real model; then write the count that no packing fools.
 
 # %%
 counted = {}
@@ -396,7 +396,6 @@ lab.guess("tools and hybrids")
 lab.guess_score()
 
 # %% tags=["figure"]
-verdict_of = {c.id: c.shown_verdict() for c in book}
 def sort_of(claim) -> str:
     """The verdict in one of five words."""
     return claim.finding().verdict if claim.kind != "not checkable" else claims.NOT_CHECKABLE
@@ -472,7 +471,7 @@ lab.quiz([
      "choices": {f"{lora8:,}": "Rank times the sides of seven matrices, times 32 layers: exercise 1.",
                  f"{printed:,}": "In print, and twice as many: that is rank 32.",
                  f"{findings.trained('Llama 3 8B', mp.LoRA(rank=16)):,}": "That is query and value only.",
-                 f"{16 * layers * (sides + 6 * (d - kv) - 4 * (d - kv)):,}": "That takes keys and values as wide as queries."}},
+                 f"{16 * layers * (sides + 2 * (d - kv)):,}": "That takes keys and values as wide as queries."}},
     {"question": "Which of these claims is arithmetic, decided from a config alone?", "right": "adapters of 64 are 3 to 4 % of BERT-base",
      "choices": {"adapters of 64 are 3 to 4 % of BERT-base": "Shapes decide it. It is wrong.",
                  "adapters make a pass 5 to 8 % slower": "A clock decides it, and it depends on the batch.",
