@@ -1012,13 +1012,6 @@ def qlora_time(claimed) -> Finding:
 
 
 @finding
-def qlora_quality(claimed) -> Finding:
-    """Held-out loss with a 4-bit base and with the full one, after the same training."""
-    full, four = (measured("09_qlora", "main", way, "held-out loss") for way in ("LoRA", "QLoRA"))
-    return Finding(HOLDS if four - full < 0.1 else DEPENDS, lora=full, qlora=four)
-
-
-@finding
 def pretraining_hours(claimed) -> Finding:
     """Dollars of GPU time for Llama 2 70B at one dollar an hour. claimed: [largest price, hours in the paper]."""
     dollars = claimed[1] * 1.0
