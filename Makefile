@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test run test-notebooks test-colab test-browser results results-chapters notebooks badges bench setup clean
+.PHONY: help lab test run test-notebooks test-colab test-browser results results-chapters notebooks badges classroom bench setup clean
 
 help:
 	@echo "make lab              set up, then open the course in JupyterLab"
@@ -29,6 +29,7 @@ help:
 	@echo "make results-chapters the chapters' own tables again, cpu profile (about two hours)"
 	@echo "make notebooks        build the notebooks from notebooks/source"
 	@echo "make badges REPO=owner/name   where the course is published, into every notebook"
+	@echo "make classroom        the student notebooks without solutions, to hand out: build/minipeft-classroom.zip"
 	@echo "make bench            time and memory beside Hugging Face PEFT and bitsandbytes"
 	@echo "make setup            set up only: .venv, packages, base models, data"
 	@echo "make clean            remove .venv and everything built; the model cache stays"
@@ -111,6 +112,9 @@ badges: $(if $(REPO),$(INSTALLED),name-a-repository)
 .PHONY: name-a-repository
 name-a-repository:
 	@echo "Which repository? As on GitHub: make badges REPO=owner/name" >&2; exit 2
+
+classroom: $(INSTALLED)
+	$(PYTHON) notebooks/classroom.py
 
 bench: setup
 	$(PYTHON) tests/bench.py

@@ -46,7 +46,7 @@ LARGEST = 50 * 2**20  # bytes of a notebook
 LONGEST = 400  # letters of a reason
 PATIENCE = 5  # how many times its processor time an answer may take on the clock, for it may not run alone
 PASSED_ON = re.compile("PATH|HOME|LANG|LC_.*|LD_LIBRARY_PATH|CXX|VIRTUAL_ENV|XDG_CACHE_HOME|MINIPEFT_.*")
-OWN_CODE = re.compile(r"\b(?:checks?|ch\d\d_\w+)\._\w+|minipeft\.checks\.(?:frame|desk|grading)|\.cases\s*\(")
+OWN_CODE = re.compile(r"\b(?:checks?|ch\d\d_\w+)\._\w+|minipeft\.checks(?:\.| import .*)\b(?:frame|desk|grading)\b|\.cases\s*\(")
 
 
 @dataclass
