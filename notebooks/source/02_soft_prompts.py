@@ -543,7 +543,7 @@ lab.table([{"medicines taught": n, "facts taught": 4 * n} | {f"{way}, % right": 
 #
 # ## Sentiment, on MiniLM
 #
-# Now a task that asks for no facts: is a film review positive or negative? MiniLM is an encoder with six layers. As in chapter 1 it gets a new last layer, which every method trains. *Last layer only* is therefore the baseline here: what comes on top is the method's.
+# Now a task that asks for no facts: is a film review positive or negative? MiniLM is an encoder with six layers. As in chapter 1 it gets a new last layer. That layer is trained first, by itself. Every method starts there and trains it on, so *last layer only* is the baseline here: what comes on top is the method's.
 
 # %%
 def short(split: str, most: int) -> list[dict]:
@@ -554,26 +554,50 @@ films, held_out = short("train", mp.pick(smoke=48, cpu=1000, gpu=2000)), short("
 positive = sum(e["label"] for e in held_out) / len(held_out)
 majority = max(positive, 1 - positive)
 
-def classify(method, lr: float, seed: int = 0, steps: int = mp.pick(smoke=1, cpu=30, gpu=100)) -> dict:
-    """MiniLM with a new last layer, trained by `method` ("head": that layer only; "full": everything)."""
+heads: dict[int, dict] = {}                                    # seed -> a last layer, trained by itself
+FEW = mp.pick(smoke=4, cpu=8, gpu=32)                          # texts in a batch
+
+def with_trained_head(seed: int):
     torch.manual_seed(seed)
     mini, mini_tokenizer = mp.load_base("minilm-l6", num_labels=2)
+    if seed not in heads:
+        mini.base_model.requires_grad_(False)
+        plan = mp.FitConfig(steps=mp.pick(smoke=1, cpu=60, gpu=300), batch_size=FEW, lr=1e-2, seed=seed, progress=False)
+        mp.fit(mini, mini_tokenizer, films, plan)
+        heads[seed] = {name: t.clone() for name, t in mini.classifier.state_dict().items()}
+        mini.requires_grad_(True)
+    mini.classifier.load_state_dict(heads[seed])
+    return mini, mini_tokenizer
+
+# %%
+def classify(method, lr: float, seed: int = 0, steps: int = mp.pick(smoke=1, cpu=30, gpu=100)) -> dict:
+    """MiniLM, trained by `method`; "head": only the last layer goes on, "full": everything is trained."""
+    mini, mini_tokenizer = with_trained_head(seed)
     if method == "head":
         mini.base_model.requires_grad_(False)
     elif method != "full":
         mp.attach(mini, method)
-    plan = mp.FitConfig(steps=steps, batch_size=mp.pick(smoke=4, cpu=8, gpu=32), lr=lr, seed=seed, progress=False)
+    plan = mp.FitConfig(steps=steps, batch_size=FEW, lr=lr, seed=seed + 100, progress=False)
     run = mp.fit(mini, mini_tokenizer, films, plan)
     return {"trained": mp.parameter_report(mini).trainable, "rate": lr, "seconds": run.seconds} | mp.evaluate(mini, mini_tokenizer, held_out)
 
-# %%
-SHORT, MINI_RATE = 10, 0.1                                     # soft tokens, and their rate
+SHORT, MINI_RATE = 10, 0.01                                    # soft tokens, and their rate
 mini_ways = {"last layer only": ("head", 1e-2), "soft prompt": (mp.PromptTuning(SHORT, init="vocab"), MINI_RATE),
              "P-tuning, mlp": (mp.PTuning(SHORT, "mlp"), 2e-3), "P-tuning, lstm": (mp.PTuning(SHORT, "lstm", hidden=192), 2e-3),
              "LoRA, rank 8": (mp.LoRA(rank=8, alpha=16, targets="all-linear"), 2e-3), "full fine-tuning": ("full", 2e-4)}
 sentiment = {way: classify(method, lr, steps=mp.pick(smoke=1, cpu=60, gpu=300)) for way, (method, lr) in mini_ways.items()}
 error = math.sqrt(majority * (1 - majority) / len(held_out))
 print(f"always the commoner label: {majority:.1%}; with {len(held_out)} test texts an accuracy is known to about ± {100 * error:.1f} points")
+lab.table([{"way": way} | {k: row.get(k) for k in ("trained", "rate", "accuracy", "loss", "seconds")} for way, row in sentiment.items()])
+
+# %% [markdown]
+# Compare the prompt with the row above it, and then with the last two. Keep the error of the test in mind. Compare P-tuning's *trained* with the prompt's: the network is most of it, and it is thrown away afterwards. That is exact, as the next cell shows first: `mp.fold` replaces network and inputs by the vectors that they make.
+#
+# ## Where to start, and the luck of the draw
+#
+# Three starts with several seeds each, in runs that are short because they are many. A seed decides the random vectors, or which words are drawn, and also the new last layer and the order of the texts. With the text as the start, only the last two are left to chance.
+
+# %% tags=["figure"]
 mini, mini_tokenizer = mp.load_base("minilm-l6", num_labels=2)
 mp.attach(mini, mini_ways["P-tuning, lstm"][0])
 review = mini_tokenizer(held_out[0]["text"], return_tensors="pt").to(mini.device)
@@ -582,16 +606,7 @@ with torch.no_grad():
     mp.fold(mini)
     assert torch.allclose(mini(**review).logits, with_network, atol=1e-5)
 print(f"P-tuning folded: the same logits, {count:,} numbers before, {mp.parameter_report(mini).trainable:,} after")
-lab.table([{"way": way} | {k: row.get(k) for k in ("trained", "rate", "accuracy", "loss", "seconds")} for way, row in sentiment.items()])
 
-# %% [markdown]
-# Compare the prompt with the row above it, and then with the last two. Keep the error of the test in mind. Compare P-tuning's *trained* with the prompt's: the network is most of it, and it is thrown away afterwards. That is exact, as the cell showed: `mp.fold` replaces network and inputs by the vectors that they make.
-#
-# ## Where to start, and the luck of the draw
-#
-# Three starts with several seeds each, in runs that are short because they are many. A seed decides the random vectors, or which words are drawn, and also the new last layer and the order of the texts. With the text as the start, only the last two are left to chance.
-
-# %% tags=["figure"]
 about = "Is this film review positive or negative? It is"
 about_ids = mini_tokenizer(about, add_special_tokens=False)["input_ids"]
 kinds = {"random": mp.PromptTuning(SHORT), "vocab": mp.PromptTuning(SHORT, init="vocab"),
@@ -622,7 +637,7 @@ lab.table([{"start": kind, "mean": v.mean().item(), "spread (standard deviation)
 #
 # 5, 10, 20, 50, 100 tokens. Left the score on MiniLM, one seed for each length; right the price, which does not go away after training: each token is one more place that every layer computes. LoRA can be merged into the weights. A prompt cannot.
 
-# %%
+# %% tags=["figure"]
 lengths = mp.pick(smoke=(5, 100), cpu=(5, 10, 20, 50, 100), gpu=(5, 10, 20, 50, 100))
 for length in lengths:
     mp.attach(model, mp.PromptTuning(length), f"{length}")
@@ -636,8 +651,6 @@ with torch.no_grad():
             times.append(1000 * (time.perf_counter() - began))
 for length in lengths:
     mp.detach(model, f"{length}")
-
-# %% tags=["figure"]
 by_length = [{"tokens": 0, "accuracy": bare["accuracy"], "ms": statistics.median(ms[0])}]
 for length in lengths:
     found = classify(mp.PromptTuning(length, init="vocab"), MINI_RATE)
@@ -713,7 +726,7 @@ lab.table([{"prompt": name, "loss, validation questions": loss} for name, loss i
 # %%
 reported = 0.6838
 print(f"always 'positive': accuracy {reported}, F1 {2 * reported / (1 + reported):.4f}")
-rates = {lr: classify(mp.PromptTuning(SHORT, init="vocab"), lr) for lr in mp.pick(smoke=(1e-3, 1.0), cpu=(1e-3, 1e-2, 1.0), gpu=(1e-4, 1e-3, 1e-2, 1.0))}
+rates = {lr: classify(mp.PromptTuning(SHORT, init="vocab"), lr) for lr in mp.pick(smoke=(1e-3, 1.0), cpu=(1e-3, 1e-1, 1.0), gpu=(1e-4, 1e-3, 1e-1, 1.0))}
 rates = dict(sorted((rates | {MINI_RATE: by_start["vocab"][0]}).items()))
 best_rate = max(rates, key=lambda lr: rates[lr]["accuracy"])
 print(f"here, always the commoner label: {majority:.1%}; the best rate of these: {best_rate:g}")
