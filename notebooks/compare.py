@@ -781,6 +781,9 @@ def main(argv: list[str] | None = None) -> int:
         started = time.monotonic()
         try:
             record = bench.do(ready[0])
+        except KeyboardInterrupt:
+            print("stopped; the next time it goes on here")
+            break
         except Exception as error:                               # that run alone is lost; the others go on
             failed[key] = f"{type(error).__name__}: {error}"
             print(f"FAILED  {key}: {failed[key]}", flush=True)
