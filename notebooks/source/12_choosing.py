@@ -550,7 +550,8 @@ lab.table(scenarios)
 # The answer for one of the rows in full, as lines that you can run. Then your predictions beside the measured numbers.
 
 # %%
-at_65 = mp.recommend("65B", memory=48).bill.total / 1e9
+bill_65 = mp.recommend("65B", memory=48).bill
+at_65 = bill_65.total / 1e9
 answers[0]
 
 # %%
@@ -577,7 +578,7 @@ lab.quiz([
                  "no: each needs its own": "See the table of winners at one rate.",
                  "yes, if there are enough seeds": "Seeds average the noise away. They do not move the rate."}},
     {"question": f"65 billion numbers in 4 bits. Your card has 24 GB. LoRA of rank 8, {at_65:.0f} GB for a step. What now?", "right": "a smaller model, or a larger card",
-     "choices": {"a smaller model, or a larger card": "The 4-bit weights alone are over 33 GB. The paper used a card of 48 GB.",
+     "choices": {"a smaller model, or a larger card": f"The weights alone are {bill_65.weights / 1e9:.0f} GB. The paper used a card of 48 GB.",
                  "it fits, that is what QLoRA is for": "So some articles say. Count: 65e9 numbers at half a byte.",
                  "a smaller rank": "The adapter is a small part of the bill."}},
     {"question": "Your access to a model is a web interface that takes text. Which method?", "right": "a written prompt",
@@ -587,7 +588,7 @@ lab.quiz([
     {"question": "Ten tasks, one base in memory, requests for all of them in one batch. Merged or not?", "right": "not merged",
      "choices": {"not merged": "One base, ten small adapters, each row with its own: chapter 10.",
                  "merged": "Then there are ten models."}},
-    {"question": "You train two square matrices' worth of LoRA: 4 weights of 4096 × 4096, rank 8, float32 with AdamW. How many bytes stand for what trains?", "right": f"{lora_8b:,}",
+    {"question": "A LoRA of rank 8 beside 4 weights of 4096 × 4096, in float32 with AdamW. How many bytes does what trains hold all the time?", "right": f"{lora_8b:,}",
      "choices": {f"{lora_8b:,}": "$4 \\cdot r(\\mathrm{in}+\\mathrm{out})$ numbers, 16 bytes each.",
                  f"{lora_8b // 4:,}": "That is the adapter alone: gradient and two states are missing.",
                  f"{16 * 4 * 4096 * 4096:,}": "That is full fine-tuning of the four.",
