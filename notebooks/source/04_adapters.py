@@ -410,8 +410,8 @@ report
 held_out = short("movies", "validation", mp.pick(smoke=8, cpu=200, gpu=500))
 plan = mp.FitConfig(steps=STEPS, batch_size=BATCH, warmup=0.1, progress=False)
 tried = {"full": mp.pick(smoke=(2e-4,), cpu=(1e-4, 3e-4), gpu=(1e-4, 2e-4, 4e-4)),
-         "adapters": mp.pick(smoke=(1e-3,), cpu=(5e-4, 1e-3, 2e-3), gpu=(5e-4, 1e-3, 2e-3)),
-         "BitFit": mp.pick(smoke=(3e-3,), cpu=(3e-3, 1e-2), gpu=(1e-3, 3e-3, 1e-2))}
+         "adapters": mp.pick(smoke=(1e-3,), cpu=(1e-3, 2e-3, 5e-3), gpu=(5e-4, 1e-3, 2e-3)),
+         "BitFit": mp.pick(smoke=(3e-3,), cpu=(1e-2, 3e-2), gpu=(1e-3, 3e-3, 1e-2))}
 sweep = []
 for name, rates in tried.items():
     for rate in rates:
