@@ -163,7 +163,7 @@ READY = """() => {
 STATE = """() => {
   const cells = window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code');
   return cells.map(c => ({
-    ran: c.model.executionCount !== null && !c.promptNode?.textContent.includes('*'),
+    ran: c.model.executionCount !== null && c.model.executionState === 'idle',
     tags: c.model.getMetadata('tags') || [],
     source: c.model.sharedModel.getSource(),
     outputs: c.outputArea.model.toJSON(),
@@ -319,6 +319,15 @@ def put_in_order(cell, source: str) -> None:
     expect(cell.get_by_text("with 1 wrong on the way")).to_be_visible()
 
 
+def ask_for_a_method(cell) -> None:
+    """Choose a goal, press the button: an answer appears."""
+    from playwright.sync_api import expect
+
+    cell.locator(".widget-dropdown").filter(has_text="goal").locator("select").select_option("classification")
+    cell.get_by_role("button", name="Which method?").click()
+    expect(cell.locator(".widget-html-content").last).to_have_text(re.compile(r"\w.{40}", re.DOTALL))
+
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -335,6 +344,8 @@ def test_a_notebook_runs_and_its_widgets_answer(notebook):
         assert not shown.get_by_text(re.compile("Error displaying widget|Loading widget|Error creating widget")).count()
         if "lab.ordering(" in cell["source"]:
             put_in_order(shown, cell["source"])
+        if shown.get_by_role("button", name="Which method?").count():
+            ask_for_a_method(shown)
         if shown.locator("button[title^='Answer ']").count():
             answer(shown)
             answered += 1
