@@ -709,13 +709,15 @@ class Bench:
         write_records(self.path, self.records)
         return record
 
-    def settle(self) -> None:
-        """Records of older code: repeat the first steps of one run of each method; where they are the same, keep them all."""
+    def settle(self, only: set[str] = frozenset()) -> None:
+        """Records of older code: repeat the first steps of one run of each method; where they are the same, keep them all.
+        Those that are not asked for are left for later."""
         old = [key for key in stale(self.records) if valid(key, self.records[key], self.budget)]
-        groups: dict = {}
+        asked, groups = Plan({}, self.budget, only).asked_for, {}
         for key in old:
             r = self.records[key]
-            groups.setdefault((r.get("task", key), r.get("method", "latency")), []).append(key)
+            if asked(r["task"], r["method"]) if "task" in r else asked(key.removeprefix("latency / "), "", "latency"):
+                groups.setdefault((r.get("task", key), r.get("method", "latency")), []).append(key)
         for (task, method), keys in groups.items():
             sample = next((k for k in keys if self.records[k].get("first")), None)
             same = False
@@ -761,7 +763,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = ROOT / ("build/comparison" if args.profile == "smoke" else "data/results")
     bench = Bench(folder / "comparison_runs.json", budget, ROOT / "build" / "comparison" / "heads")
     if not args.list:
-        bench.settle()
+        bench.settle(only)
     plan = Plan(bench.records, budget, only)
     missing = plan.missing()
     print(f"{len(plan.runs()) - len(missing)} runs are there, {len(missing)} are missing: about {plan.minutes():.0f} minutes on two cores,"
