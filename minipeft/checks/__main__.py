@@ -14,6 +14,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if sys.platform == "win32":
         parser.error("grading needs Linux or macOS; on Windows, use WSL")
+    if args.time_limit <= 0 or args.memory_limit <= 0:
+        parser.error("the limits must be above zero")
     from minipeft.checks import grading
 
     try:
@@ -21,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what is judged is in {args.out}, and the same command goes on from there", file=sys.stderr)
+        return 130
     for file in dict.fromkeys(g.file for g in grades):
         own = [g for g in grades if g.file == file]
         reason = f"  {own[0].why}" if own[0].status == "unreadable" else ""

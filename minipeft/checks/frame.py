@@ -106,7 +106,8 @@ class Case:
     mistakes    name -> the answer (or a function without arguments that gives it) of a likely mistake
     test        (value, given) -> None, or why the value is refused
     observe     (returned, given after the call, given) -> the value to judge, for functions that work
-                in place; raises `Refused` with the reason
+                in place; raises `Refused` with the reason. A function of a module, or a partial of one:
+                a grader sends it to the process where the answer runs
     may_change  names in `given` that the function may change
     told        what `given` cannot say of the case, for the report of a failure
     """

@@ -195,12 +195,14 @@ class Student:
 
     def attempt(self, case: Case) -> Attempt:
         """What the answer makes of `case`, as `frame.attempt` would tell it."""
+        question = pickle.dumps((case.given, case.observe, case.may_change))
         try:
             if self.channel is None and self.over is None:
                 self.channel, self.number = self.room.seat()
                 self.started = time.monotonic()
-                self._ask(self.task)
-            return self.over or self._ask((case.given, case.observe, case.may_change))
+                found = self._ask(pickle.dumps(self.task))
+                self.over = None if found.status == "returned" else found
+            return self.over or self._ask(question)
         except TimeoutError:
             why = f"took longer than {PATIENCE * self.task['seconds']:g} s"
         except (EOFError, OSError):
@@ -215,20 +217,18 @@ class Student:
         self.over = Attempt(status="failed", why=why)
         return self.over
 
-    def _ask(self, question) -> Attempt:
+    def _ask(self, question: bytes) -> Attempt:
         def left() -> float:
             if (seconds := self.started + PATIENCE * self.task["seconds"] - time.monotonic()) <= 0:
                 raise TimeoutError
             return seconds
 
         self.channel.settimeout(left())
-        desk.send(self.channel, pickle.dumps(question))
+        desk.send(self.channel, question)
         message = json.loads(desk.receive(self.channel, left))
         found = Attempt(desk.from_plain(message.get("value")), message["status"], str(message["why"]))
         if found.status not in ("returned", "nothing", "not attempted", "not checked", "failed"):
             raise ValueError(f"the status {found.status!r}")
-        if question is self.task and found.status != "returned":
-            self.over = found
         return found
 
     def _leave(self, patience: float) -> int | None:
