@@ -346,7 +346,7 @@ check.largest_model(largest_model)
 # %% [markdown]
 # ### Exercise 6: find the bug · 10 minutes · medium
 #
-# A model in 4 bits reports nearly twice its share of trained numbers. It has happened in public code: each tensor was asked how many elements it has. Two 4-bit numbers lie in each element of a packed tensor. The first cell makes the mistake on a real model; then write the count that no packing fools.
+# A model in 4 bits reports a share of trained numbers that is far too large. It has happened in public code: each tensor was asked how many elements it has. Two 4-bit numbers lie in each element of a packed tensor. The first cell makes the mistake on a real model; then write the count that no packing fools.
 
 # %%
 counted = {}
@@ -454,7 +454,7 @@ print(f"{len(book)} claims; where code and file disagree: {', '.join(disagree) o
 lab.table([{"": key, "predicted": predicted[key], "computed": value} for key, value in computed.items()])
 
 # %% [markdown]
-# Be fair to the authors. They wrote for readers in a hurry, most of what they recommend is sound, and some errors are in papers' abstracts too. This course has errors as well: `data/claims.yaml` is a list of claims. If you find one that is wrong, you know how to show it.
+# Be fair to the authors. They wrote for readers in a hurry, and much of what they recommend is sound. This course may have errors as well: `data/claims.yaml` is itself a list of claims. If you find one that is wrong, you know how to show it.
 #
 # ## Quiz
 #
