@@ -11,7 +11,7 @@ from minipeft import anatomy
 from minipeft.quant import loftq, nf4
 
 from .families import FAMILIES
-from .test_linear4bit import in_bitsandbytes
+from .test_linear4bit import in_bitsandbytes, wide
 from .test_lora import bytes_of, distance, logits_of
 
 
@@ -88,14 +88,14 @@ def test_more_iterations_fit_the_codes_to_the_adapter():
 def test_an_adapter_started_by_loftq_is_loaded_by_peft_on_bitsandbytes_layers(tmp_path):
     peft = pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    model = FAMILIES["llama"]()
+    model = wide("llama")
     mp.quantize_loftq(model, mp.LoRA(rank=4, targets="all-linear"))
     mp.save_adapter(model, tmp_path)
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")
-        theirs = peft.PeftModel.from_pretrained(in_bitsandbytes(FAMILIES["llama"]()), tmp_path).eval()
+        theirs = peft.PeftModel.from_pretrained(in_bitsandbytes(wide("llama")), tmp_path).eval()
         assert distance(logits_of(model), logits_of(theirs)) < 2e-5
-    again = mp.quantize(FAMILIES["llama"]())
+    again = mp.quantize(wide("llama"))
     mp.load_adapter(again, tmp_path)
     assert torch.equal(logits_of(again), logits_of(model))
 
@@ -109,7 +109,7 @@ def test_an_adapter_started_by_loftq_is_loaded_by_peft_on_bitsandbytes_layers(tm
     (mp.LoRA(targets="query"), {}, ValueError, "no module of this model ends in 'query'"),
 ])
 def test_what_loftq_cannot_start_is_refused_and_nothing_has_changed(lora, settings, error, says):
-    model = FAMILIES["llama"]()
+    model = wide("llama")
     before = bytes_of(model.state_dict())
     with pytest.raises(error, match=says):
         mp.quantize_loftq(model, lora, **settings)

@@ -42,13 +42,20 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def their_values(packed: torch.Tensor, state) -> torch.Tensor:
     """What bitsandbytes dequantises to. On AVX-512 it rounds to float16 in its own way (ties away from zero, denormals
-    to zero): there its float32 is taken, rounded by numpy as IEEE 754 says."""
-    if state.dtype != torch.float16 or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    to zero), and to bfloat16 by instructions that make denormals zero: there its float32 is taken, rounded by numpy as
+    IEEE 754 says."""
+    dtype = state.dtype
+    own_way = {torch.float16: torch.backends.cpu.get_cpu_capability() == "AVX512", torch.bfloat16: bnb.has_avx512bf16()}
+    if not own_way.get(dtype):
         return bnb.dequantize_4bit(packed, state)
     state.dtype = torch.float32
-    values = torch.from_numpy(bnb.dequantize_4bit(packed, state).numpy().astype("float16"))
-    state.dtype = torch.float16
-    return values
+    exact = bnb.dequantize_4bit(packed, state).numpy()
+    state.dtype = dtype
+    if dtype == torch.float16:
+        return torch.from_numpy(exact.astype("float16"))
+    bits = exact.view("uint32")
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16                      # the upper half, to nearest, ties to even
+    return torch.from_numpy(bits.astype("uint16").view("int16")).view(torch.bfloat16)
 
 
 def agrees(t: torch.Tensor, block_size: int = 64, kind: str = "nf4", nested: bool = False) -> bool:
