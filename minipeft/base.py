@@ -14,6 +14,7 @@ from torch import nn
 from . import anatomy
 from .fetch import FetchError, fetch
 from .profiles import device as this_device
+from .quant import kernels
 from .quant.linear4bit import Linear4bit, quantize
 from .sockets import own_heads
 
@@ -182,6 +183,7 @@ def _read_in_4_bits(source: str, model_class, config, dtype: torch.dtype, device
         model = model_class.from_config(config, dtype=dtype)
     turned = {path for path, m in model.named_modules() if anatomy.is_transposed(m)}
     unread = {name: p.shape for name, p in model.named_parameters()}
+    kernels.build()
     quantize(model)
     body = f"{model.base_model_prefix}."
     for file in _safetensors_files(source):

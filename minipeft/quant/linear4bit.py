@@ -187,7 +187,8 @@ def quantize(model: nn.Module, *, block_size: int = 64, double_quant: bool = Tru
         raise ValueError(f"adapter {name!r} is merged into the base; unmerge it first")
 
     new, paths = {}, quantisable(model, skip)
-    kernels.build()
+    if any(nf4.has_values(modules[path].weight) for path in paths):      # of a bill's model there is nothing to compute
+        kernels.build()
     for path in paths:
         weight = modules[path].weight
         if weight.dtype not in nf4.DTYPES:
