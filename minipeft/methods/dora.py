@@ -12,7 +12,8 @@ is (in, out). With c = m / ‖V‖, and b the frozen bias, which is not scaled:
     y' = c V x + b = c (y + s B A x) + (1 - c) b,    y = W x + b
 
 V is never built. ‖V‖² = ‖W‖² + 2 s Σ_r B ∘ (W Aᵀ) + s² Σ_r B ∘ (B A Aᵀ) needs one thin product, W Aᵀ (out, r). It
-reads all of W, so ‖V‖ is kept, with the A and B that it was made of, until one of the three has changed.
+reads all of W, so ‖V‖ is kept, with the A and B that it was made of, until one of the three has changed. `mp.fit`
+asks for it before the passes of a step (`prepare`), of as many modules at a time as there are passes side by side.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 from .. import anatomy
 from ..quant.nf4 import has_values
 from ..sockets import trainable_like
-from .lora import AddLowRank, LoRA, LowRank
+from .lora import AddLowRank, LoRA, LowRank, add_low_rank, low_rank_gradients
 
-ONE = threading.Lock()                           # passes side by side: the first makes the norm, the others take it
+# Passes side by side: the first makes the norm, the others take it. A module cannot keep a lock, which has no copy.
+LOCKS = [threading.Lock() for _ in range(64)]
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,19 @@ class Decomposed(LowRank):
         stored = getattr(module, "stored", None)                 # of a 4-bit linear, its codes
         stored = module.weight if stored is None else stored
         which = (stored._version, stored.untyped_storage()._cdata, A.dtype, A.device)
-        with ONE, torch.autocast(A.device.type, enabled=False):
+        if self._is_kept(A, B, which):
+            return self.kept[3]
+        with LOCKS[id(self) // 64 % len(LOCKS)], torch.autocast(A.device.type, enabled=False):
             if not has_values(A):
                 return self._norm(A, B, which)
-            # By value, not by version: some optimizers write past autograd's count of versions.
-            if self.kept is None or self.kept[0] != which or not (torch.equal(self.kept[1], A) and torch.equal(self.kept[2], B)):
+            if not self._is_kept(A, B, which):
                 self.kept = which, A.clone(), B.clone(), self._norm(A, B, which)
             return self.kept[3]
+
+    def _is_kept(self, A: Tensor, B: Tensor, which: tuple) -> bool:
+        """By value, not by version: some optimizers write past autograd's count of versions."""
+        kept = self.kept
+        return kept is not None and kept[0] == which and torch.equal(kept[1], A) and torch.equal(kept[2], B)
 
     def _norm(self, A: Tensor, B: Tensor, which: tuple) -> Tensor:
         s, W = self.scale, anatomy.weight_of(self.module[0]).to(A.dtype)  # (out, in); no copy of a float32 base
@@ -87,16 +95,16 @@ class Decomposed(LowRank):
         squared = self.W_squared[1] + 2 * s * cross + s * s * square
         return squared.clamp_min(torch.finfo(A.dtype).tiny).sqrt()  # a row of zeros has no direction
 
+    prepare = norm                               # what does not depend on the input
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        c = self.m / self.norm()                                 # (out,)
         (A, B), b = (factor.to(y.dtype) for factor in self.factors()), self.module[0].bias
         if self.dropout is not None and self.training:
             x = self.dropout(x).to(y.dtype)                      # x̃
             Wx = x @ anatomy.weight_of(self.module[0]).to(y.dtype).T
-            rest = y - Wx
+            rest, c = y - Wx, self.m / self.norm()
             return (rest + c * AddLowRank.apply(Wx, x, A, B, self.scale)).to(y.dtype)
-        z = AddLowRank.apply(y, x.to(y.dtype), A, B, self.scale)  # V x + b, in the place of y
-        return Stretch.apply(z, c, b, self.keeps_output and (not has_values(c) or bool(c.all())))
+        return AddDecomposed.apply(y, x.to(y.dtype), A, B, self.m, self.norm(), b, self.scale, self.keeps_output)
 
     def merged(self, W: Tensor) -> Tensor:
         """m V / ‖V‖ for a frozen weight W (out, in)."""
@@ -105,35 +113,40 @@ class Decomposed(LowRank):
         return ((self.m / length)[:, None] * V).to(W.dtype)
 
 
-class Stretch(torch.autograd.Function):
-    """y' = c z + (1 - c) b. z (…, out) = V x + b, c (out,) the factors, b (out,) the frozen bias or None.
+class AddDecomposed(torch.autograd.Function):
+    """y' = c z + (1 - c) b, z = V x + b = y + s B A x, c = m / ‖V‖. y (…, out) is overwritten by z, as in AddLowRank.
 
-    ∂loss/∂c = Σ_N g ∘ (z - b) needs z, or y', for z - b = (y' - b) / c. `keep_output` says that y' is to be kept,
-    in the place of z, which takes no memory of its own where the model keeps y' too; no c may then be 0.
+    With g = ∂loss/∂y', the product with V gets c g, and ∂loss/∂c = Σ_N g ∘ (z - b) needs z; or y', for
+    z - b = (y' - b) / c. `keeps_output` asks for y' to be kept, in the place of z, which takes no memory of its own
+    where the model keeps y' too; no c may then be 0. b (out,) is the frozen bias, or None.
     """
 
     @staticmethod
-    def forward(ctx, z, c, b, keep_output):
-        y = z if keep_output else torch.empty_like(z)
-        torch.mul(c, z, out=y) if b is None else torch.addcmul((1 - c) * b, c, z, out=y)
-        if keep_output:
+    def forward(ctx, y, x, A, B, m, norm, b, s, keeps_output):
+        c, z = m / norm, y                                       # (out,), (…, out)
+        low_rank = add_low_rank(z, x, A, B, s)
+        ctx.keeps_output = keeps_output and (not has_values(c) or bool(c.all()))
+        out = z if ctx.keeps_output else torch.empty_like(z)
+        if z.dtype != c.dtype:                                   # z + (c - 1) (z - b): c is near 1, and c - 1 loses
+            torch.addcmul(z, (c - 1).to(z.dtype), z if b is None else z - b, out=out)  # little in 16 bits
+        else:
+            torch.mul(c, z, out=out) if b is None else torch.addcmul((1 - c) * b, c, z, out=out)
+        if ctx.keeps_output:
             ctx.mark_dirty(y)
-        ctx.save_for_backward(y if keep_output else z, c, b)
-        ctx.keep_output = keep_output
-        return y
+        ctx.save_for_backward(out if ctx.keeps_output else z, c, norm, b, *low_rank)
+        ctx.s = s
+        return out
 
     @staticmethod
     def backward(ctx, g):                                        # ∂loss/∂y', (…, out)
-        kept, c, b = ctx.saved_tensors
-        grad_z = grad_c = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_z = (c * g).to(g.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_c = (g * kept).reshape(-1, len(c)).sum(0, dtype=c.dtype)
-        if b is not None:
-            G = g.reshape(-1, len(c)).sum(0, dtype=c.dtype)      # Σ_N g, (out,)
-            grad_c = grad_c - b * G if ctx.needs_input_grad[1] else None
-            grad_b = ((1 - c) * G).to(b.dtype) if ctx.needs_input_grad[2] else None
-        if ctx.keep_output and grad_c is not None:
-            grad_c = grad_c / c
-        return grad_z, grad_c, grad_b, None
+        kept, c, norm, b, *low_rank = ctx.saved_tensors
+        grad_z = torch.addcmul(g, (c - 1).to(g.dtype), g)        # c g
+        grad_m = grad_b = None
+        if ctx.needs_input_grad[4]:
+            grad_c = (g * kept).reshape(-1, len(c)).sum(0).to(c.dtype)
+            if b is not None:
+                grad_c = grad_c - b * g.reshape(-1, len(c)).sum(0)
+            grad_m = (grad_c / c if ctx.keeps_output else grad_c) / norm
+        if b is not None and ctx.needs_input_grad[6]:
+            grad_b = ((1 - c) * g.reshape(-1, len(c)).sum(0)).to(b.dtype)
+        return grad_z, *low_rank_gradients(low_rank, grad_z, ctx.s, ctx.needs_input_grad[1:4]), grad_m, None, grad_b, None, None

@@ -154,27 +154,34 @@ class AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, x, A, B, s):
-        x = x.reshape(-1, x.shape[-1])                           # (N, in)
-        h, Bt = A @ x.T, B.T.contiguous()                        # (r, N), (r, out)
-        if y.is_contiguous():
-            y.view(-1, y.shape[-1]).addmm_(h.T, Bt, alpha=s)     # (N, out)
-        else:
-            y.add_((h.T @ Bt).view(y.shape), alpha=s)
-        ctx.save_for_backward(x, h, A, Bt)
+        ctx.save_for_backward(*add_low_rank(y, x, A, B, s))
         ctx.s = s
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):                                   # ∂loss/∂y', (…, out)
-        x, h, A, Bt = ctx.saved_tensors
-        g = grad_y.reshape(-1, grad_y.shape[-1])                 # (N, out)
-        grad_h = ctx.s * (Bt @ g.T)                              # (r, N)
-        grad_x = grad_A = grad_B = None
-        if ctx.needs_input_grad[1]:
-            grad_x = (grad_h.T @ A).view(*grad_y.shape[:-1], A.shape[1])  # (…, in)
-        if ctx.needs_input_grad[2]:
-            grad_A = grad_h @ x                                  # (r, in)
-        if ctx.needs_input_grad[3]:
-            grad_B = ctx.s * (h @ g).T                           # (out, r)
-        return grad_y, grad_x, grad_A, grad_B, None
+        return grad_y, *low_rank_gradients(ctx.saved_tensors, grad_y, ctx.s, ctx.needs_input_grad[1:4]), None
+
+
+def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, ...]:
+    """y += s (x Aᵀ) Bᵀ. Returns what `low_rank_gradients` needs."""
+    x = x.reshape(-1, x.shape[-1])                               # (N, in)
+    h, Bt = A @ x.T, B.T.contiguous()                            # (r, N), (r, out)
+    if y.is_contiguous():
+        y.view(-1, y.shape[-1]).addmm_(h.T, Bt, alpha=s)         # (N, out)
+    else:
+        y.add_((h.T @ Bt).view(y.shape), alpha=s)
+    return x, h, A, Bt
+
+
+def low_rank_gradients(kept: tuple[Tensor, ...], grad_y: Tensor, s: float, wanted: tuple[bool, ...]) -> tuple:
+    """∂loss/∂x (…, in), ∂loss/∂A, ∂loss/∂B of s (x Aᵀ) Bᵀ, those that are wanted; grad_y is ∂loss/∂y, (…, out)."""
+    x, h, A, Bt = kept
+    g = grad_y.reshape(-1, grad_y.shape[-1])                     # (N, out)
+    grad_h = s * (Bt @ g.T)                                      # (r, N)
+    return (
+        (grad_h.T @ A).view(*grad_y.shape[:-1], A.shape[1]) if wanted[0] else None,  # (…, in)
+        grad_h @ x if wanted[1] else None,                       # (r, in)
+        s * (h @ g).T if wanted[2] else None,                    # (out, r)
+    )
