@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from . import anatomy, sockets
+from . import anatomy, packing, sockets
 from .quant.linear4bit import Linear4bit, quantize
 from .training import CrossEntropy
 
@@ -230,7 +230,8 @@ def memory_bill(
                      to be fused, as in mp.fit, so that it makes no temporary copies
     dtype            of the base and its activations: "float32", "bfloat16", "float16", "float64".
                      "autocast": float32 weights, matrix products in bfloat16; autograd then keeps a
-                     bfloat16 copy of every frozen weight that a gradient passes through
+                     bfloat16 copy of every frozen weight that a gradient passes through; attention in float32,
+                     as mp.fit computes it on a CPU
     quantized        NF4 with double quantisation, 4.127 bits a number, for the linear layers that
                      mp.quantize takes; the rest in `dtype`, in which the layers also compute. None: as
                      the model is
@@ -277,7 +278,7 @@ def memory_bill(
             sockets.attach(model, replace(method, init="random", text=None) if hasattr(method, "text") else method)
     if gradient_checkpointing:
         _recompute_blocks(model)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype_name == "autocast"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype_name == "autocast"), packing.switched(model, seq):
         activations, logits, highest = _measure(model, batch, seq, targets)
 
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -11,6 +11,9 @@ makes a mask which keeps the rows apart.
 
 It pays on a CPU, where time goes with the positions. On a GPU a pass of this size waits for kernels to
 be launched, and a kernel for each row would be slower than padding.
+
+Under autocast attention is computed in float32 on a CPU, of any model that looks its attention function up:
+PyTorch's kernel for bfloat16 takes two to three times as long there at these lengths.
 """
 
 from __future__ import annotations
@@ -23,13 +26,17 @@ from torch import Tensor, nn
 
 from . import sockets
 
-NAME = "minipeft_rows"
+NAME = "packed_rows"
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               row_lengths: list[int] | None = None, **settings) -> tuple[Tensor, None]:
-    """Causal attention within each row of query, key and value (1, H, N, d), N = sum of `row_lengths`."""
+    """Causal attention within each row of query, key and value (1, H, N, d), N = sum of `row_lengths`; without
+    lengths, the model's own of (B, H, T, d)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return attention(module, query.float(), key.float(), value.float(), attention_mask, row_lengths, **settings)
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     rows = zip(*(t.split(row_lengths, dim=2) for t in (query, key, value)), strict=True)  # (1, H, n, d) each
@@ -58,17 +65,20 @@ def one_sequence(model: nn.Module, longest: int) -> Iterator[bool]:
 @contextlib.contextmanager
 def switched(model: nn.Module, longest: int) -> Iterator[bool]:
     """`one_sequence` by what the config says alone: no pass is run to see it."""
-    if not _can(model, longest):
+    before = model.config._attn_implementation
+    wrapped = sockets.WRAPPED if before.startswith(sockets.WRAPPED) else ""          # around it, by a prefix
+    if (before.removeprefix(wrapped) not in ("sdpa", NAME) or model.config.is_encoder_decoder
+            or next(model.parameters()).device.type != "cpu"):
         yield False
         return
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
+    sockets.register_attention(NAME)
+    model.config._attn_implementation = wrapped + NAME
     try:
-        yield True
+        yield _can(model, longest)
     finally:
         model.config._attn_implementation = before
 
@@ -77,9 +87,7 @@ def _can(model: nn.Module, longest: int) -> bool:
     config = model.config.get_text_config()
     windows = [w for name in ("sliding_window", "attention_chunk_size")
                if isinstance(w := getattr(config, name, None), int)]
-    return (next(model.parameters()).device.type == "cpu"
-            and not model.config.is_encoder_decoder and model.get_output_embeddings() is not None
-            and model.config._attn_implementation in ("sdpa", NAME)
+    return (model.get_output_embeddings() is not None
             and not sockets.added_length(model)             # a prompt or prefix stands before every row of a batch
             and all(longest <= w for w in windows))         # attention over less than the row
 

@@ -95,7 +95,7 @@ class Adapters(nn.Module):
         """Copied or unpickled; in another process transformers does not know the wrapped attention yet."""
         super().__setstate__(state)
         for _, implementation in self.attention:
-            _register_attention(implementation)
+            register_attention(implementation)
 
     def lengths(self) -> tuple[int, int]:
         """Positions that the live soft prompts take, and those that the live key/value prefixes take."""
@@ -379,6 +379,12 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return dict(home.named_children()) if home is not None else {}
 
 
+def live_pieces(model: nn.Module) -> list[nn.Module]:
+    """The pieces that act at present."""
+    home = getattr(model, HOME, None)
+    return [piece for name in home.live() for piece in home._modules[name].pieces().values()] if home is not None else []
+
+
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base's own parameters by name, without any adapter's."""
     return {n: p for n, p in model.named_parameters() if not n.startswith(HOME + ".")}
@@ -411,6 +417,36 @@ def only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def cast_once(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Within it, frozen linear modules hold a copy of their weight in `dtype`, which they compute with under autocast.
+
+    Autocast itself casts a frozen weight in every pass, and each pass keeps a copy of its own for the way back.
+    The numbers are the same. None: nothing is done. Weights are taken to stay as they are within it.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    cast = []
+    try:
+        for module in anatomy.base_modules(model).values():
+            own, W = vars(module), getattr(module, "weight", None)
+            if (dtype and isinstance(module, nn.Linear | Conv1D) and W.dtype == torch.float32 and not W.requires_grad
+                    and "forward" not in own):                   # not twice: an evaluation while training
+                twin = copy.copy(module)                         # its bias, no hooks: they are called around `forward`
+                twin._parameters = module._parameters | {"weight": nn.Parameter(W.to(dtype), requires_grad=False)}
+                module.forward = partial(_forward_of, module, twin)
+                cast.append(module)
+        yield
+    finally:
+        for module in cast:
+            del module.forward
+
+
+def _forward_of(module: nn.Module, twin: nn.Module, x: Tensor) -> Tensor:
+    chosen = twin if torch.is_autocast_enabled(x.device.type) else module
+    return type(chosen).forward(chosen, x)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -673,7 +709,7 @@ def _plug_attention(home: Adapters, name: str, model: nn.Module, path: str, piec
     config = module.config
     implementation = config._attn_implementation
     if not implementation.startswith(WRAPPED):
-        _register_attention(implementation)
+        register_attention(implementation)
         config._attn_implementation = WRAPPED + implementation
         home.attention.append((config, implementation))
     if not hasattr(module, "minipeft_plug"):
@@ -684,7 +720,7 @@ def _plug_attention(home: Adapters, name: str, model: nn.Module, path: str, piec
     module.minipeft_plug.pieces[name] = piece
 
 
-def _register_attention(implementation: str) -> None:
+def register_attention(implementation: str) -> None:
     """Make the wrapper around this attention function known to transformers, in this process."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

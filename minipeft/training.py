@@ -354,6 +354,13 @@ class Lanes:
         chunks = passes(rows, self.tokens, self.count, self.packed)
         return map(work, chunks) if self.pool is None else self.pool.map(work, chunks)
 
+    def prepare(self, model: nn.Module) -> None:
+        """What live pieces compute of their own weights alone, once for all passes of a step, here side by side too."""
+        pieces = [p for p in sockets.live_pieces(model) if hasattr(p, "prepare")]
+        shares = [pieces[i::self.count] for i in range(self.count)]
+        for _ in (map if self.pool is None else self.pool.map)(lambda share: [p.prepare() for p in share], shares):
+            pass
+
     def __enter__(self):
         return self
 
@@ -460,8 +467,7 @@ def fit(model: nn.Module, tokenizer, data: Sequence[dict], config: FitConfig = F
     model.train()
     try:
         with torch.random.fork_rng(devices), _interrupt_between_steps() as interrupted, bar, \
-                packing.one_sequence(model, max(map(len, rows))) as packed, \
-                Lanes(model, config.max_tokens, _one_at_a_time(model, rows, weights, config), packed) as lanes:
+                _passes_of(model, rows, weights, config, precision) as lanes:
             for step in range(start, steps):
                 entry = _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision, step, steps, lanes)
                 if step == start:
@@ -529,6 +535,16 @@ def _optimizer(weights: dict[str, nn.Parameter], config: FitConfig) -> torch.opt
     return kind(groups, lr=config.lr)
 
 
+@contextlib.contextmanager
+def _passes_of(model, rows, weights, config, precision) -> Iterator[Lanes]:
+    """What `_step` makes its passes with, and the model as they need it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with packing.one_sequence(model, max(map(len, rows))) as packed, \
+            Lanes(model, config.max_tokens, _one_at_a_time(model, rows, weights, config), packed) as lanes, \
+            sockets.cast_once(model, None if config.gradient_checkpointing else dtype):  # that keeps no copies
+        yield lanes
+
+
 def _one_at_a_time(model, rows, weights, config) -> bool:
     """Whether passes must follow one another: they draw random numbers (dropout), which would come in
     another order each time; or a second set of gradients beside the first would cost more than it gains."""
@@ -564,6 +580,7 @@ def _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision,
             return value, ()
         return value, torch.autograd.grad(scaler.scale(loss / N), list(weights.values()), allow_unused=True)
 
+    lanes.prepare(model)
     try:
         for value, gradients in lanes.map(forward_and_backward, batch):
             total += value

@@ -159,14 +159,13 @@ def our_step(model, rows):
     import torch
 
     import minipeft as mp
-    from minipeft import packing, training
+    from minipeft import training
     config, steps, taken = mp.FitConfig(batch_size=len(rows), lr=1e-3, shuffle=False, progress=False), 10_000, itertools.count()
     weights = training.trainable(model)
     optimizer, scaler = training._optimizer(weights, config), torch.amp.GradScaler("cpu", enabled=False)
     precision = training._precision(model, config.precision)
-    context = packing.one_sequence(model, max(map(len, rows)))
-    packed = context.__enter__()                                 # and is left when the step is forgotten
-    lanes = training.Lanes(model, config.max_tokens, training._one_at_a_time(model, rows, weights, config), packed)
+    context = training._passes_of(model, rows, weights, config, precision)
+    lanes = context.__enter__()                                  # and is left when the step is forgotten
     model.train()
 
     def step(context=context):

@@ -6,9 +6,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 import minipeft as mp
-from minipeft import packing, training
+from minipeft import packing, sockets, training
 from minipeft.training import Row
 from tests.families import FAMILIES, inputs
 from tests.test_training import TOKENIZER
@@ -165,3 +166,64 @@ def test_packed_passes_hold_every_row_once_and_no_more_tokens_than_asked(lengths
     assert all(len(c) == 1 or sum(map(len, c)) <= limit for c in chunks)
     sizes = [sum(map(len, c)) for c in chunks]
     assert max(sizes) - min(sizes) <= max(lengths)
+
+
+def test_frozen_weights_cast_once_give_the_same_bits_under_autocast_and_nothing_stays_behind():
+    for family in ("llama", "gpt2"):                              # nn.Linear, Conv1D
+        model = FAMILIES[family]().float().train()
+        mp.attach(model, mp.LoRA(rank=4, targets="all-linear"))
+        for p in (p for n, p in model.named_parameters() if n.endswith(".B")):
+            nn.init.normal_(p, std=0.1)
+        ids, before = torch.randint(3, 50, (2, 7)), {n: p.clone() for n, p in model.named_parameters()}
+
+        def losses(model=model, ids=ids):
+            """How many 16-bit tensors two passes keep, and all that comes out of the second."""
+            model.zero_grad(set_to_none=True)
+            kept = {}
+
+            def keep(t):
+                if t.dtype == torch.bfloat16:
+                    kept[t.untyped_storage().data_ptr()] = t
+                return t
+
+            with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                _, loss = [model(input_ids=ids, labels=ids).loss for _ in range(2)]
+            loss.backward()
+            plain = model(input_ids=ids, labels=ids).loss          # not under autocast: in float32 still
+            return len(kept), [loss, plain, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+        kept, expected = losses()
+        with pytest.raises(ZeroDivisionError), sockets.cast_once(model, torch.bfloat16):
+            with sockets.cast_once(model, torch.bfloat16):        # an evaluation while training
+                pass
+            less, found = losses()
+            assert all(map(torch.equal, found, expected)) and len(found) == len(expected) > 5
+            assert less <= kept - 5                               # not a copy of each weight in each pass
+            1 / 0
+        assert all(map(torch.equal, losses()[1], expected))
+        assert not any("forward" in vars(m) for m in model.modules())
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", [None, mp.PrefixTuning(3, reparameterize=False)])
+def test_under_autocast_attention_is_computed_in_float32(method, monkeypatch):
+    seen, real = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, **more):
+        seen.append({t.dtype for t in (q, k, v)})
+        return real(q, k, v, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    model = FAMILIES["llama"]().float()
+    if method is not None:
+        mp.attach(model, method)
+    ids = torch.randint(3, 50, (2, 7))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), packing.one_sequence(model, 7):
+        inside = model(input_ids=ids).logits
+    assert seen and all(dtypes == {torch.float32} for dtypes in seen)
+    seen.clear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outside = model(input_ids=ids).logits
+    assert seen
+    exact = model(input_ids=ids).logits.detach()
+    assert 0 < (inside - exact).abs().max() < 0.03 * exact.abs().max() > (outside - exact).abs().max()

@@ -72,7 +72,8 @@ def test_the_loss_is_the_cross_entropy_of_the_completion_alone(family):
             logits, targets = model(input_ids=ids).logits[0, r.start - 1:-1], r.ids[r.start:]
         total += F.cross_entropy(logits, torch.tensor(targets), reduction="sum").item()
     assert n == sum(len(e["completion"]) + 1 for e in DATA)
-    assert loss.item() == pytest.approx(total, rel=1e-10)
+    # Gemma 2's norms and softmax compute in float32, also in a model in float64
+    assert loss.item() == pytest.approx(total, rel=1e-7 if family == "gemma2" else 1e-10)
 
 
 def test_the_gradient_of_the_loss_is_that_of_torchs_cross_entropy():
