@@ -23,7 +23,7 @@
 #
 # **You need:** Python, tensors, what a normal distribution is. No training happens here: in [chapter 9](09_qlora.ipynb) you train beside such weights.
 #
-# **The paper:** Dettmers et al. 2023, *QLoRA: Efficient Finetuning of Quantized LLMs*, [arXiv:2305.14314](https://arxiv.org/abs/2305.14314). You build its section 3 (equations 1 to 4) and appendix E.
+# **The paper:** Dettmers et al. 2023, *QLoRA: Efficient Finetuning of Quantized LLMs*, [arXiv:2305.14314](https://arxiv.org/abs/2305.14314). You build block-wise quantisation (equations 1 and 2, with other levels), the levels (equation 4 and appendix E) and double quantisation (section 3).
 
 # %% tags=["setup"]
 import hashlib, inspect, math, subprocess, sys, tempfile
@@ -47,7 +47,7 @@ lab.runtime_box("07_nf4")
 # Write down what you expect. Replace the `None` below; near the end a cell puts your numbers beside the measured ones.
 #
 # 1. Four bits are 16 levels. With them, by how many **percent** is a weight matrix off, $\|W - \hat W\| / \|W\|$?
-# 2. Sixteen *equal* steps instead of NF4's levels: by how many **percent** is it off then?
+# 2. Four bits again, but levels in *equal* steps: by how many **percent** is it off then?
 # 3. How many **bits** does a weight really cost, when everything that is stored is counted?
 # 4. You quantise the whole model. How many **times** smaller than in float32 does it get?
 # 5. The model's loss rises. With equal steps it rises how many **times** as much as with NF4?
@@ -164,7 +164,7 @@ for name, scales in (("a scale a block", x.abs().amax(1, keepdim=True)), ("one s
 #
 # ### Step 1: the levels
 #
-# You want each code to be used equally often. Then each level stands for an equal share of the probability, and you find it with $\Phi^{-1}$, the inverse of the normal distribution function. Your first thought may be the middles of 16 equal shares, $\Phi^{-1}\!\left(\frac{i + 1/2}{16}\right)$, $i = 0 \ldots 15$. You find it in published code, too. Look at what it lacks: **no level is zero**. A weight that is exactly zero, padding for example, would come back as something else.
+# You want each code to be used equally often. Then each level stands for an equal share of the probability, and you find it with $\Phi^{-1}$, the inverse of the normal distribution function. (What comes of the wish, you measure in step 2.) Your first thought may be the middles of 16 equal shares, $\Phi^{-1}\!\left(\frac{i + 1/2}{16}\right)$, $i = 0 \ldots 15$. You find it in published code, too. Look at what it lacks: **no level is zero**. A weight that is exactly zero, padding for example, would come back as something else.
 #
 # So the paper does it one side at a time: 8 levels above zero, 7 below, and zero itself. Each side takes equal steps of probability from 0.5 to an outermost value, the same on both sides. That value cannot be 1, for $\Phi^{-1}(1) = \infty$. It is $1 - \frac12\left(\frac1{32} + \frac1{30}\right)$: the mean of the outermost middles of 16 and of 15 equal shares. Divide by the largest level, and the ends are −1 and 1. (Equation 4 of the paper is written a little differently. The levels printed in its appendix E, and those of bitsandbytes, come out of this.)
 #
@@ -187,7 +187,7 @@ assert ((nf4.CODEBOOK > 0).sum(), (nf4.CODEBOOK < 0).sum()) == (8, 7)
 # %% [markdown]
 # ### Exercise 1: the levels · 10 minutes · medium
 #
-# Write it for any number of levels above and below zero. `phi_inverse`, above, is $\Phi^{-1}$. `offset` is the outermost probability; from there each side goes to 0.5 in equal steps. With 8, 7 and `nf4.OFFSET` you get NF4.
+# Write it for any number of levels above and below zero. `phi_inverse`, above, is $\Phi^{-1}$. `offset` is the outermost probability; from there one side goes to 0.5 in `above` equal steps, the other in `below`. Divide by the largest level at the end. With 8, 7 and `nf4.OFFSET` you get NF4.
 
 # %%
 from minipeft.checks import ch07_nf4 as check
@@ -215,6 +215,8 @@ check.quantile_levels(quantile_levels)
 # ### Step 2: blocks
 #
 # One block is three lines: scale, codes, and back. How large should a block be? The scale is the largest of its numbers, and the more numbers, the larger the largest. Then the others crowd around zero, and the outer levels wait for numbers that rarely come. A small block fits its scale better, and needs more scales.
+#
+# The codes are not used equally often either. Step 1 puts the outermost level at $\Phi^{-1}$(`nf4.OFFSET`) standard deviations. The largest of 64 normal numbers is nearly always farther out, so the codes in the middle get more than their share, and those at the ends less. The cell prints how much. Which levels would be better for a block size? See Yoshida, under further reading.
 
 # %%
 block = W.flatten()[:64]
@@ -225,6 +227,8 @@ worst = s * nf4.CODEBOOK.diff().max() / 2
 assert (back - block).abs().max() <= worst * (1 + 1e-6)                 # half of the widest gap, at most
 assert back[block.abs().argmax()].abs() == s                            # the largest comes back exactly
 print("codes of the first weights:", codes[:12].tolist())
+share = torch.bucketize(z, (nf4.CODEBOOK[1:] + nf4.CODEBOOK[:-1]) / 2).bincount(minlength=16) / len(z)
+print(f"the rarest code has {share.min():.1%} of the layer's weights, the most frequent {share.max():.1%}; equal shares were {1 / 16:.1%}")
 
 def error(W, back) -> float:
     """‖W - Ŵ‖ / ‖W‖."""
@@ -273,7 +277,7 @@ check.quantize_blocks(quantize_blocks)
 #
 # ### Exercise 3: pack · 5 minutes · easy
 #
-# All codes of a tensor at once. If their number is odd, the last low half is 0. Above the stub stands one pair.
+# All codes of a tensor at once. If their number is odd, the last low half is 0. (The package puts the code of the level zero there. Nobody reads it.) Above the stub stands one pair.
 
 # %%
 q = nf4.quantize(W)                                                     # the package's, blocks of 64
@@ -304,7 +308,7 @@ check.pack(pack)
 #
 # A float32 scale for 64 weights is half a bit a weight. That is the price of the blocks, and an eighth on top of the four bits. But scales are numbers like others: quantise them. This is **double quantisation**.
 #
-# They are all positive, so subtract their mean first. 256 of them share one float32, and each keeps one byte: the nearest of 256 levels. bitsandbytes takes levels that get denser towards zero, its *dynamic map*. The figure shows the scales of the layer, and that map.
+# None is negative, so subtract their mean first: then the levels on both sides of zero have work. 256 of them share one float32, the largest absolute value, and each keeps one byte: the nearest of 256 levels. bitsandbytes takes levels that get denser towards zero, its *dynamic map*. The figure shows the scales of the layer, and that map.
 
 # %% tags=["figure"]
 scales = q.absmax
@@ -411,6 +415,8 @@ lab.block_slider(W)
 # ## Nothing else changed
 #
 # `mp.quantize` puts a `Linear4bit` in the place of every linear layer of the blocks. Before you ask what that did to the model, check what it did not do. The embedding, which is also the head here, and the norms keep every byte. The stored bytes are what the formula says. And quantising twice is quantising once: the levels are their own nearest levels.
+#
+# The first `mp.quantize` on a machine compiles the kernels of [chapter 8](08_cuda_kernel.ipynb). That takes about a minute, once, and it says so. Without a compiler the chapter goes on without them, more slowly.
 
 # %%
 def fingerprint(tensors) -> str:
@@ -518,11 +524,11 @@ print(told("int4", "nf4"), told("fp4", "nf4"), told("int4", "fp4"), told("mp.qua
 print(f"the loss rises {rise_ratio:.2f} times as much with equal steps as with NF4; the weights' error is {mean['int4'] / mean['nf4']:.2f} times as large")
 
 # %% [markdown]
-# "Clearly" means by more than two standard errors. Four bits are not free: look at the rise of NF4 itself. This is a small model, and small models have less to spare. The paper compares such formats on models of 125 million to 13 billion parameters. With fine-tuning on top, in 4 bits, it finds the scores of 16 bits again.
+# *More* and *less* mean by more than two standard errors. Four bits are not free: look at the rise of NF4 itself. This is one small model, and tells you nothing of large ones. The paper compares such formats on models of 125 million to 13 billion parameters. With fine-tuning on top, in 4 bits, it finds the scores of 16 bits again.
 #
 # ## An honest note: these weights have been in four bits before
 #
-# The model that comes with this course was published as a file in **Q4_1**: blocks of 32, each with a minimum and a step, 16 equal steps. minipeft unpacks it. So you have been looking at weights that went through another quantisation before you saw them. Does it show? Compare with MiniLM, which was never quantised, and with normal numbers. In each run of 32, subtract the minimum and divide by the range.
+# The model that comes with this course was published as a file in **Q4_1**: blocks of 32, each with a minimum and a step of 16 bits, and 16 levels at equal distances. minipeft unpacks it. So, unless you are in the gpu profile, which takes a model from the Hub, you have been looking at weights that went through another quantisation before you saw them. Does it show? Compare with MiniLM, which was never quantised, and with normal numbers. In each run of 32, subtract the minimum and divide by the range.
 
 # %% tags=["figure"]
 fresh = mp.load_base("minilm-l6")[0].get_submodule("encoder.layer.3.intermediate.dense").weight.detach().float().cpu()
@@ -543,7 +549,7 @@ for ax, (name, weight), colour in zip(axes, sources.items(), ("blue", "green", "
 display(figure)
 
 def q4_1(W):
-    """To the nearest of 16 equal steps from the smallest to the largest of each 32, and back."""
+    """To the nearest of 16 equally spaced levels, from the smallest to the largest of each 32, and back."""
     rows, low, width = runs_of_32(W)
     return (low + (15 * (rows - low) / width).round() / 15 * width).view_as(W)
 
@@ -556,21 +562,22 @@ origin = {name: {"different numbers in 32": max(len(set(row)) for row in weight.
                  "error, int4, %": 100 * error(weight, there_and_back("int4")(weight)),
                  "error, Q4_1's grid, %": 100 * error(weight, q4_1(weight))} for name, weight in sources.items()}
 gridded = [name for name, row in origin.items() if row["different numbers in 32"] <= 16]
-print("on a grid of 16 steps already:", ", ".join(gridded) or "none of them")
+print(f"bits a weight: NF4 and int4 {4 + 32 / 64:g}, Q4_1 {4 + 2 * 16 / 32:g}")
+print("on a grid of 16 levels already:", ", ".join(gridded) or "none of them")
 lab.table([{"": name} | row for name, row in origin.items()])
 
 # %% [markdown]
 # A weight that never saw a grid has no two equal numbers in 32, or hardly any. A model named in the line above the table has at most 16, evenly spaced: a comb. Three lessons.
 #
 # - **The comb is not normal.** Whoever fits levels to such a histogram in detail fits another method's leftovers. Look at the excess kurtosis too: 0 would be normal.
-# - **A test on it can be rigged.** Its own grid gives such a model back with no error to speak of. That would not make equal steps the better method: see the same grid on the other rows.
+# - **A test on it can be rigged.** Its own grid gives such a model back with no error to speak of. Only the other rows tell you what that grid does to other weights. Its error there can still be the smallest: it has smaller blocks, a minimum beside the step, and more bits (the line above the table). To compare two methods, take equal bits, weights that saw neither, and the loss.
 # - **For NF4 it matters little.** Its scales come from other blocks, so the combs do not line up. Compare its error on the three rows.
 #
-# What you measured above is what NF4 adds on top of Q4_1. The loss of the model before Q4_1 is not known here.
+# With the embedded model, what you measured above is what NF4 adds on top of Q4_1. Its loss before Q4_1 is not known here.
 #
 # ## What to leave alone
 #
-# `mp.quantize` takes the linear layers of the blocks, and nothing else. Should it? Put the other parts through NF4 as well, one by one. The head and the embedding are one tensor in this model (tied), used twice, so you can ask about each use. (*MB saved* is counted as if that use had a tensor of its own. A tied tensor is saved only where both uses are in four bits.)
+# `mp.quantize` takes the linear layers of the blocks, and nothing else. Should it? Put the other parts through NF4 as well, one by one. The head and the embedding are one tensor in this model (tied), used twice, so you can ask about each use. (*MB saved* is with double quantisation, and counted as if that use had a tensor of its own. A tied tensor is saved only where both uses are in four bits.)
 
 # %%
 norms = [name for name, m in model.named_modules() if "norm" in type(m).__name__.lower()]
@@ -739,7 +746,7 @@ lab.quiz([
      "choices": {"the other 63 lose precision": "Their scale is the outlier's. You measured it.",
                  "that weight is cut to the old scale": "The scale follows the largest number, which comes back exactly.",
                  "the whole layer loses precision": "Every block has its own scale: that is what blocks are for.",
-                 "nothing": "Compare the two lines above."}},
+                 "nothing": "Compare the two lines printed at the end of *Break it*."}},
     {"question": "A colleague decodes NF4 by nibble − 8. All shapes fit. What shows the mistake?", "right": "comparing the values with the weight",
      "choices": {"comparing the values with the weight": "An oracle: the weight itself, or bitsandbytes.",
                  "an error message": "There is none.",
@@ -748,8 +755,8 @@ lab.quiz([
     {"question": "On the embedded model an equal grid of its own (Q4_1) has almost no error. Is it better than NF4?",
      "right": "you cannot tell from this model", "choices": {
                  "you cannot tell from this model": "Its weights lie on that grid already. Ask one that was never quantised.",
-                 "yes": "Look at the same grid on MiniLM, and at its bits: a minimum and a step for 32 weights.",
-                 "no, equal steps are always worse": "They are worse for normal numbers. On others they can be better."}},
+                 "yes": "Its own grid is an unfair test. And it spends more bits: a minimum and a step for 32 weights.",
+                 "no, equal steps are always worse": "int4 is worse, in the same blocks. Q4_1 has smaller blocks and a minimum: look at its error on normal numbers."}},
     {"question": f"The whole model became smaller, but by less than 32 / {nested} times. Why?", "right": "embedding, head and norms keep their precision",
      "choices": {"embedding, head and norms keep their precision": "In a small model with a large vocabulary that is a good part.",
                  "the codebook has to be stored": "16 numbers, for the whole model.",

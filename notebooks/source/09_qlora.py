@@ -107,7 +107,7 @@ lab.bill_figure(shown, marks={f"{gb} GB": gb * 1e9 for gb in cards_gb})
 # How to read it:
 #
 # - **Holds** names the largest of the models here that one card can train, method by method.
-# - Compare the rows with *the weights alone*. The methods of this course that freeze the base stay close above its 16 bits, however little they train, so they mostly fit the same cards. (The network that makes a prefix in chapter 3 is the exception: where keys and values are as wide as the model, it has a billion numbers and more. After training it is dropped. BitFit has no row: these models have no biases.)
+# - Compare the rows with *the weights alone*. The methods of this course that freeze the base stay close above its 16 bits, however little they train, so they mostly fit the same cards. (The network that makes a prefix in chapter 3 is the exception: where keys and values are as wide as the model, it is as large as a model of its own; see *trained*. After training it is dropped. BitFit has no row: these models have no biases.)
 # - In the figure, nearly all of LoRA's bars is grey: the frozen weights. A method that leaves them in 16 bits cannot do better than the grey part. Full fine-tuning is not in it: its bars would be several times as long.
 # - The comparison is with the number printed on the card. A card gives a little more bytes than that, and CUDA and the gaps between tensors take a few hundred megabytes to a few gigabytes. Where the difference is small, do not count on it.
 # - Longer rows and larger batches come on top, and activations grow with both.
@@ -147,7 +147,7 @@ lab.table([{"in print": c, "the bill": found, "so it": so} for c, found, so in c
 #
 # ### Exercise 1: bytes of a QLoRA run · 10 minutes · medium
 #
-# Count what stands for a whole run, activations aside. A 4-bit layer with $n$ weights keeps
+# Count the bytes that a run holds from its first step to its last, activations aside. A 4-bit layer with $n$ weights keeps
 #
 # - two codes in a byte: $\lceil n / 2 \rceil$ bytes
 # - for each block of 64 weights a scale in one byte, and for each 256 scales one float32 (double quantisation), and one float32 for the layer, the mean of the scales
@@ -182,9 +182,9 @@ check.qlora_bytes(qlora_bytes)
 # %% [markdown]
 # ### The frozen model, in full and in 4 bits
 #
-# Now a model that you can load. `mp.load_base(…, quantized=True)` reads one weight after the other and quantises each at once, so the full model never has to fit. The loss on a held-out wording says how much that changes the model. One honest note if you run the small embedded model: its weights had been through another 4-bit format before they were published, so you quantise for the second time.
+# Now a model that you can load. `mp.load_base(…, quantized=True)` reads one weight after the other and quantises each at once, so the full model never has to fit. The loss on a held-out wording says how much that changes the model. If you run the small embedded model: its weights had been through another 4-bit format before they were published, so you quantise for the second time.
 #
-# The task is that of chapter 5: cards of medicines, asked for in both directions. This is teaching data, not medical advice.
+# The task is that of chapter 5: cards of medicines, asked for in both directions. So are the scores: shares of cards with the right format, name and facts, and *recall*, the share of described medicines that are named. This is teaching data, not medical advice.
 
 # %%
 def big_enough() -> str:
@@ -248,7 +248,7 @@ lab.table([{"frozen": name} | row for name, row in frozen.items()])
 # | $\tilde W$ | $(\mathrm{out}, \mathrm{in})$ | nowhere: made, used, dropped | no |
 # | $A$, $B$ | $(r, \mathrm{in})$, $(\mathrm{out}, r)$ | float32 | yes |
 #
-# Write $\partial x$ for the gradient of the loss with respect to $x$, a tensor of $x$'s shape. The gradient goes the same two ways back. $\tilde W$ gets none, but the gradient **passes through it** to $x$, and so to all layers below. It is made a second time for that.
+# Write $\partial x$ for the gradient of the loss with respect to $x$, a tensor of $x$'s shape. The gradient goes the same two ways back. $\tilde W$ gets none, but the gradient **passes through it** to $x$, and so to all layers below. For that, $\tilde W$ is made a second time.
 
 # %% tags=["figure"]
 from minipeft.lab.plots import COLOURS, new_figure
@@ -308,7 +308,7 @@ assert torch.equal(xs.grad, grad_y @ tilde + grad_y @ B @ A)
 #
 # ### Step 1: a product with a weight in 4 bits
 #
-# `torch.autograd.Function` lets you say yourself what is kept between forward and backward. Here it is the codes. The weight is made twice, and kept never. The claim: the same output and the same gradient as with the dequantised weight, to the bit.
+# `torch.autograd.Function` lets you say yourself what is kept between forward and backward. Here it is the codes. The weight is made twice and never kept. The claim: the same output and the same gradient as with the dequantised weight, to the bit.
 
 # %%
 class FourBitProduct(torch.autograd.Function):
@@ -335,29 +335,25 @@ print(f"{q.bits:.3f} bits a weight; ‖W - W~‖ / ‖W‖ = {((linear.weight - 
 # %% [markdown]
 # ### Step 2: what is kept between forward and backward
 #
-# Why not simply write `x @ dequantize(q).T`? The result is the same. But autograd sees a product with a tensor, and keeps that tensor for the backward pass: every weight in full precision, all layers at once. Count the bytes that it keeps beyond the codes, with eight layers one after the other.
+# Why not simply write `x @ dequantize(q).T`? The result is the same. But autograd sees a product with a tensor, and keeps that tensor for the backward pass: every weight in full precision, all layers at once. Put eight layers one after the other, and count the bytes of all tensors that the forward pass has made and that are still alive at its end, whoever holds them. The codes were there before and do not count.
 
 # %%
 layers = [mp.nf4.quantize(torch.randn(512, 512), double_quant=True) for _ in range(8)]
 
 def bytes_kept(product) -> int:
-    """Bytes beyond the codes that autograd keeps of eight layers for the backward pass."""
-    kept, own = {}, {q.packed.untyped_storage().data_ptr() for q in layers}
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t   # alive, so no address comes twice
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        h = torch.randn(4, 512, requires_grad=True)
+    """Bytes made by the forward pass of eight layers and alive at its end, input and codes aside."""
+    h = torch.randn(4, 512, requires_grad=True)
+    with bill.Live(nn.Module()) as live:                       # sees every tensor made, also those that ctx holds
         for q in layers:
             h = product(h, q)
-    return sum(size for at, (size, _) in kept.items() if at not in own)
+        return live.now
 
 kept = {"x @ dequantize(q).T": bytes_kept(lambda h, q: h @ mp.nf4.dequantize(q).T),
         "FourBitProduct": bytes_kept(FourBitProduct.apply),
         "mp.Linear4bit": bytes_kept(lambda h, q: mp.quant.linear4bit.matmul(h, q))}
 codes = sum(q.nbytes for q in layers)
 assert kept["x @ dequantize(q).T"] >= 8 * 512 * 512 * 4 and max(kept["FourBitProduct"], kept["mp.Linear4bit"]) < codes / 10
-lab.table([{"way": way, "kept by autograd, kB": n / 1e3, "codes and scales, kB": codes / 1e3} for way, n in kept.items()])
+lab.table([{"way": way, "alive after the forward pass, kB": n / 1e3, "codes and scales, kB": codes / 1e3} for way, n in kept.items()])
 
 # %% [markdown]
 # ### Step 3: plug LoRA in
@@ -383,7 +379,7 @@ print("kept in the layer:", {name: (tuple(t.shape), str(t.dtype)) for name, t in
 # %% [markdown]
 # ### Exercise 2: the backward pass of QLoRA · 15 minutes · hard
 #
-# Write all three gradients of $y = x \tilde W^\top + s\,x A^\top B^\top$ by hand. The codes come one in an entry, in the weight's shape; the scales come one for each 64 *consecutive* weights, row after row, so a block may run from one row into the next, and the last may not be full.
+# Write all three gradients of $y = x \tilde W^\top + s\,x A^\top B^\top$ by hand. `codes` holds one code an entry, from 0 to 15, in the weight's shape; `mp.nf4.CODEBOOK` has the 16 levels. `absmax` holds one scale for each 64 *consecutive* weights, row after row. So a block may run from one row into the next, and the last may not be full.
 
 # %%
 def qlora_backward(
@@ -435,11 +431,11 @@ print(f"cut off at the frozen weights: {only_lora.norm() / as_it_is.norm():.2g} 
 mp.detach(base4)
 
 # %% [markdown]
-# So the base is dequantised for the backward pass too. What it saves is that the frozen weights have no gradient, no states, and are nowhere kept in full.
+# So the base is dequantised for the backward pass too. That the frozen weights have no gradient and no states, LoRA had saved already. What QLoRA adds: they are nowhere kept in full.
 #
 # ## The same as the package
 #
-# This is the package's own product. Where the compiled kernels of chapter 8 can be used, it takes them instead: the same result, faster. And the whole of QLoRA, a LoRA beside an NF4 layer, computes what Hugging Face PEFT computes on a layer of bitsandbytes.
+# This is the package's own product. Where the compiled kernels of chapter 8 can be used, it takes them instead: the same result up to rounding. And the whole of QLoRA, a LoRA beside an NF4 layer, computes what Hugging Face PEFT computes on a layer of bitsandbytes.
 
 # %%
 from minipeft.quant import kernels, linear4bit
@@ -537,13 +533,14 @@ saved = costs["LoRA"]["all, MB"] - costs["QLoRA"]["all, MB"]
 print(f"held-out loss, QLoRA minus LoRA: {start_gap:+.3f} before training, {gap:+.3f} after it")
 print(f"names recalled: LoRA {after['LoRA']['recall']:.0%}, QLoRA {after['QLoRA']['recall']:.0%} of {after['LoRA']['questions']} questions")
 print(f"a step takes {slower:.2f} times as long; in print: 1.25 times")
+print(f"training computed in {profiles.precision()}, on a base in {str(DTYPE).removeprefix('torch.')}")
 print(f"QLoRA needs {saved:,.0f} MB less of LoRA's {costs['LoRA']['all, MB']:,.0f} MB; a pass takes {costs['QLoRA']['one pass, MB']:,.0f} MB, LoRA's {costs['LoRA']['one pass, MB']:,.0f} MB")
 
 # %% [markdown]
 # How to read it:
 #
 # - **Score.** One seed and a few cards: a small difference is no difference. Below you see how far seeds spread.
-# - **Memory.** What QLoRA saves is the frozen weights' bytes. *One pass* is the most bytes of tensors alive at once in a forward and a backward pass, weights left out. Both keep the same activations; QLoRA also needs room for the weight that it has just dequantised. The last line has both. Compare the share of a pass here with the thin green part of the bars of 65 billion parameters: the larger the model, the more the weights decide.
+# - **Memory.** What QLoRA saves is the frozen weights' bytes. *One pass* is the most bytes of tensors alive at once in a forward and a backward pass, weights left out. It is counted in the base's own precision. There both keep the same activations. QLoRA also needs room for a weight that it has just dequantised; the compiled kernel takes a small piece of it at a time, which is not counted. The last line has both passes. Where training computed in bf16 on a float32 base, the printed line says so, and its own pass was another one: most activations take half the bytes, and autograd keeps a 16-bit copy of every full weight, which QLoRA does not need. Compare the share of a pass here with the thin green part of the bars of 65 billion parameters: the larger the model, the more the weights decide.
 # - **Time.** To dequantise is extra work in every product, forward and backward. How much it matters depends on the machine, the kernel, and on how many tokens share one dequantised weight. A percentage in print belongs to somebody's card.
 #
 # ### Optimizers in 8 bits, and paged ones
@@ -625,7 +622,7 @@ display(figure)
 lab.table([{"weight": kind, "‖W - Q‖ / ‖W‖, plain": v[0], "after 1": v[1], f"after {len(v) - 1}": v[-1]} for kind, v in residuals.items()])
 
 # %% [markdown]
-# It falls at each iteration, and at no later one as far as at the first. But more than half of the error is left: it is spread over all directions like noise, and a rank of 16 holds few of them. Is it worth anything to training?
+# It falls most at the first iteration. One that does not make it smaller is not used, and is the last: the point stays in the figure. And more than half of the error is left: it is spread over all directions like noise, and a rank of 16 holds few of them. Is it worth anything to training?
 #
 # Three starts, equal steps, equal rows: LoRA on the full base, plain QLoRA, QLoRA started by LoftQ with one iteration. With one, the base is exactly that of plain QLoRA, so only $A$ and $B$ differ. Each start runs with a few seeds (in the smoke profile with one). A seed is an order of the rows; plain starts also draw $A$ anew.
 
@@ -796,7 +793,7 @@ print(f"rounding moved the weights by {mean_lost:.0%} of what the adapter had mo
 figure
 
 # %% [markdown]
-# Each point is a linear layer of one of the kinds named. A point on the line: the rounded weight is as far from the merged one as if you had thrown the update away. Above it, even farther. The reason: the base's weights lie exactly on levels. An entry of the update that is smaller than half the distance to the next level falls back to where it was. Only larger ones survive, rounded. And where the update moves the largest weight of a block, the block gets a new scale: all its levels move, and all its weights are rounded anew. So a gentle fine-tune can vanish almost whole. What that means for the model only the losses can tell: the first line above the figure says how much of the gain of training is left.
+# Each point is a linear layer of one of the kinds named. A point on the line: the rounded weight is as far from the merged one as if you had thrown the update away. Above it, even farther. The reason: the base's weights lie exactly on levels. An entry of the update that is smaller than half the distance to the next level falls back to where it was. Only larger ones survive, rounded. And where the update moves the largest weight of a block, the block gets a new scale: all its levels move, and all its weights are rounded anew. So a gentle fine-tune can vanish almost whole. (Where `mp.fit` computes in bf16, the held-out losses do too: there, a small difference between the first two rows of the table is rounding.) What that means for the model only the losses can tell: the first line above the figure says how much of the gain of training is left.
 #
 # Now the file. It holds $A$ and $B$ only, so it is the same size as LoRA's. Whoever loads it must load the same base **and quantise it the same way**.
 

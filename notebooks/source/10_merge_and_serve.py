@@ -7,7 +7,7 @@
 # %% [markdown]
 # # 10 · After training: merge, combine, serve
 #
-# **In one sentence:** fold a LoRA into its weights and it costs nothing to run; keep it beside them and one base answers for hundreds of tasks at once; you cannot have both at the same moment, and here you measure what each costs.
+# **In one sentence:** fold a LoRA into its weights and it costs nothing to run; keep it beside them and one base answers for many tasks at once; you cannot have both at the same moment, and here you measure what each costs.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{{repository}}/blob/main/notebooks/10_merge_and_serve.ipynb)
 #
@@ -165,7 +165,7 @@ assert torch.equal(gathered, y) and not torch.equal(both @ x[0], y[0])
 #
 # ### Exercise 1: products and chain · 10 minutes · medium
 #
-# Can you explain why adapters introduce latency and LoRA need not? Say it in numbers. A model is a list of stages; the layers of a stage can run at the same time, and the next stage waits for all of them. Return how many matrix products a pass has, and how many there are in the **longest chain** in which each waits for the one before.
+# Can you explain why adapters introduce latency and LoRA need not? Say it in numbers. A model is a list of stages; the layers of a stage can run at the same time, and the next stage waits for all of them. `adapted` names the layers that have a piece. Return how many matrix products a pass has, and how many there are in the **longest chain** in which each waits for the one before. Count those of layers and pieces only; attention's own products are the same in all ways.
 
 # %%
 from minipeft.checks import ch10_merge_and_serve as check
@@ -242,7 +242,7 @@ check.slowdown(slowdown)
 #
 # ### Table 1 of the LoRA paper, on your machine
 #
-# `mp.measure_latency` does what the exercise asks for: random tokens, one row and several, a pass over them and tokens generated behind them. *± ms* is half the distance of the quartiles.
+# `mp.measure_latency` does what the exercise asks for: random tokens, one row and several, a pass over them and tokens generated behind them. *± ms* is half the distance between the quartiles. *Generate ms* is the time of one new token, with its share of the pass over the prompt.
 
 # %%
 latency = mp.measure_latency(
@@ -282,7 +282,8 @@ alone, many = (100 * (ratio["adapters, two a block", batch] - 1) for batch in (b
 merged_off = 100 * (ratio["LoRA on q and v, merged", 1] - 1)
 print(f"adapters, two a block: {alone:+.1f} % with one row, {many:+.1f} % with {batches[-1]}")
 print(f"LoRA merged: {merged_off:+.1f} %, by a clock whose spread is up to {worst:.0%}; by counting, nothing")
-print("in print: 'rising with the batch size'. Here it", "was not asked: one batch size" if len(batches) == 1 else "rises" if many > alone else "does not rise")
+print("in print: 'rising with the batch size'. Here it", "was not asked: one batch size" if len(batches) == 1
+      else "stays the same within the spread" if abs(many - alone) < 100 * worst else "rises" if many > alone else "falls")
 lab.table(compared, caption="one row: what is added, and what it costs")
 
 # %% [markdown]
@@ -292,7 +293,7 @@ lab.table(compared, caption="one row: what is added, and what it costs")
 # - Compare the columns of the last table. If time followed arithmetic, the first and the last would agree. Where the time is nearer to the operators, you pay for starting small products and for waiting, whatever their size.
 # - **Batch.** In the paper's Table 1, on a GPU, adapters cost 20 to 30 % with one row of 128 tokens and a few percent with 32 rows of 512: the larger the work between two small products, the less they weigh. An article claims the opposite. The line above the table says what your machine says.
 # - **Prompts and prefixes** cost no waiting but length. A prompt is read through all layers; a prefix only lengthens the attention.
-# - LoRA that is **not** merged is not free. What is free is the merge.
+# - LoRA that is **not** merged is not free. Only the merged one is.
 #
 # ## Three skills
 #
@@ -361,13 +362,13 @@ print(f"one adapter: {trained:,} numbers, {file_bytes / 1e6:.2f} MB on disk; the
 lab.heat_map([list(row.values()) for row in [bare, *own.values()]], ["base", *own], list(held_out), row_label="adapter", column_label="questions for", form=".2f")
 
 # %% [markdown]
-# Read a row: what this adapter does to all three kinds of questions. On the diagonal stands what it was trained for.
+# Read a row: what this adapter does to all three kinds of questions. Below the base's row, the diagonal has what each was trained for. Compare each number with the base's above it.
 #
 # ## Merge
 #
 # ### Exercise 3: find the bug · 15 minutes · medium
 #
-# A loader of a public project merges a LoRA into a linear layer with one line. A reviewer remarked: if it is called twice, the update is in the weight twice, and nothing says so ([minimind #598](https://github.com/jingyaogong/minimind/pull/598)). Another project's layer adds the update in its forward pass although it is in the weight already ([candle-lora #26](https://github.com/EricLBuehler/candle-lora/issues/26)). The cell shows the line, with a way back by subtracting. There is a second trouble, quieter: look at what is left of the base after a hundred rounds.
+# A loader of a public project merges a LoRA into a linear layer with one line. A reviewer remarked: if it is called twice, the update is in the weight twice, and nothing says so ([minimind #598](https://github.com/jingyaogong/minimind/pull/598)). Another project's layer adds the update in its forward pass although it is in the weight already ([candle-lora #26](https://github.com/EricLBuehler/candle-lora/issues/26)). The cell shows the line, with a way back by subtracting. There is a second trouble, quieter: look at what a hundred rounds of merging and unmerging leave behind in the base.
 #
 # Write `switch` so that it can be called as often as you like. `layer` has `weight`, `A`, `B`, `s`, and `kept`: the weight as it was before the merge, a copy, while the layer is merged, and `None` otherwise. Add in float32, round once. Unmerged, the weight must be back **to the bit**.
 
@@ -438,7 +439,7 @@ assert merged[0]["largest change of a logit, of the largest"] < 1e-4
 lab.table(merged)
 
 # %% [markdown]
-# In 32 bits nothing is told, because rounding is about a ten-millionth of the weight. In 16 bits it is one or two thousandths of the **weight**, and the update is small beside the weight too: the column says how they compare. In 4 bits a weight that is rounded again may lose most of the update; [chapter 9](09_qlora.ipynb) looks at it weight by weight. So: merge in the precision that the adapter was trained beside, or a higher one, and compare the logits before you delete anything.
+# In 32 bits nothing is reported: rounding is less than a ten-millionth of the weight. In 16 bits it is one or two thousandths of the **weight**, and the update is small beside the weight too: the column says how they compare. In 4 bits a weight that is rounded again may lose most of the update; [chapter 9](09_qlora.ipynb) looks at it weight by weight. So: merge in the precision that the adapter was trained beside, or a higher one, and compare the logits before you delete anything.
 #
 # ## Combine
 #
@@ -553,8 +554,9 @@ figure
 # %% [markdown]
 # A black line is the skill with its own adapter, a dotted one the bare base. How to read it:
 #
+# - *Gain kept*: of what each skill's own adapter wins over the base, the share that is left, averaged over the skills. Below 0, the combination is on average worse than no adapter.
 # - `cat` with weight 1 holds all three updates whole. That does not make it as good as each alone: the updates disturb each other.
-# - `svd` at rank 8 throws away two thirds of the directions, at rank 2 eleven of twelve. What it costs is often less than you would think; see for yourself. `mp.reduce_rank` does the same to a single adapter.
+# - `svd` at rank 8 throws away two thirds of the directions, at rank 2 eleven of twelve. Compare both with `cat`, weight 1: the difference is what those directions were worth. `mp.reduce_rank` does the same to a single adapter.
 # - `linear` is cheap and is what PEFT calls so. Its product also contains $B_1A_2$, which nobody has trained.
 # - `ties` takes a mean, so its changes are smaller than those of a sum. Weights above 1 are usual; a fair comparison sweeps them for every method. This table does not: it shows one setting each, and is no ranking.
 #
@@ -609,7 +611,7 @@ print("rows of ranks 2, none, 7 and 2, together: the same as one by one")
 # %% [markdown]
 # ### A shelf
 #
-# `mp.Serve(model)` opens a socket at every linear layer once, and keeps adapters beside the model as nothing but tensors. Loading the last costs what loading the first did. Choosing another one is a look into a table. And several threads may ask at once.
+# `mp.Serve(model)` opens a socket at every linear layer once, and keeps adapters beside the model as nothing but tensors. So loading the last should cost what loading the first did; the cell times both. Choosing another one is a look into a table. And several threads may ask at once.
 
 # %%
 server, _ = mp.load_base(BASE)

@@ -48,7 +48,7 @@ lab.runtime_box("11_hybrids")
 # Write down what you expect. Replace the `None` below; near the end a cell puts your answers beside the measured ones.
 #
 # 1. A hybrid has a LoRA of rank 8 on query and value, and a prompt of 16 tokens. How many **percent** of its trained numbers are the prompt's?
-# 2. On the language model, the prompt and the LoRA of a hybrid get rates of their own, each the best of a few. **How many times** the LoRA's rate is the prompt's?
+# 2. On the language model, the prompt and the LoRA of a hybrid get rates of their own, each the best of a few. What is the prompt's rate **divided by** the LoRA's?
 # 3. Seven candidates of about the same size: prompt, prefix, adapter, LoRA, and three hybrids with LoRA. Is the best one a part or a hybrid: `"part"` or `"hybrid"`?
 # 4. A LoRA knows some facts. It is frozen, and a 16-token prompt learns to ask it for one of them. How many **percent** of the test questions does the pair answer right?
 
@@ -301,7 +301,7 @@ lab.table([{"parts": pair, "logits move by": moved, "order matters": moved > 1e-
 #
 # ### Exercise 3: train one part · 15 minutes · medium
 #
-# Take one step of plain gradient descent, $p \leftarrow p - \eta\, \partial\mathrm{loss} / \partial p$, for the part called `name`. All parts act, and afterwards only this one requires gradients. It may have been frozen before. The check compares every number of the model, base included.
+# Take one step of plain gradient descent, $p \leftarrow p - \eta\, \partial\mathrm{loss} / \partial p$, for the part called `name`. All parts act, and afterwards only this one requires gradients. The part called `name` may have been frozen before. The check compares every number of the model, base included.
 #
 # <details>
 # <summary>Hint</summary>
@@ -344,13 +344,13 @@ assert fingerprint(model) == at_first
 #
 # ### Step 3: a rate for each part
 #
-# `mp.fit` has one learning rate. That was enough for one method. Chapters 2 and 5 found good rates far apart: can a prompt and a LoRA share one?
+# `mp.fit` has one learning rate. That was enough for one method. Chapters 2 and 5 used rates far apart: can a prompt and a LoRA share one?
 #
-# Adam moves every number by about the rate, whatever its gradient is. So a first step of rate $\eta$ lowers the loss by about
+# In its first step, Adam moves every number by about the rate, however large or small the gradient. So this step, of rate $\eta$, lowers the loss by about
 #
 # $$\eta \sum_i \left| \frac{\partial\, \mathrm{loss}}{\partial p_i} \right|$$
 #
-# The sum says how much a rate *buys* in each part. Compute it for both parts of a hybrid, at the start, and check it with a small step along the signs.
+# The sum says how much a rate *buys* in each part. Compute it for both parts of a hybrid, at the start, and check it with a small step along the signs. (A gradient of exactly zero moves nothing: a LoRA starts with $B = 0$, so $A$ has no gradient yet. Of its numbers only $B$ counts here.)
 
 # %%
 def leverage(model, data, eta: float = 1e-4) -> list[dict]:
@@ -394,7 +394,7 @@ lab.table(buys)
 #
 # ### Exercise 4: find the bug · 10 minutes · medium
 #
-# Published schedules lose the rates of the groups. In DeepSpeed, [pull request 8171](https://github.com/deepspeedai/DeepSpeed/pull/8171) mended one that took the first group's rate for all; [issue 14](https://github.com/katsura-jp/pytorch-cosine-annealing-with-warmup/issues/14) of a cosine schedule tells of one peak that replaces them all. The cell does it once. No error, the loss may even fall: the prompt just hardly moves.
+# Published schedules lose the rates of the groups. In DeepSpeed, [pull request 8171](https://github.com/deepspeedai/DeepSpeed/pull/8171) mended one that took the first group's rate for all; [issue 14](https://github.com/katsura-jp/pytorch-cosine-annealing-with-warmup/issues/14) of a cosine schedule tells of one peak that replaces them all. The cell shows the bug once. No error, the loss may even fall: the prompt just moves far less than you asked for.
 #
 # Write `set_rates` so that every group keeps its own peak. It is called in each step, in the middle of training: `"lr"` holds the rate of the step before.
 #
@@ -450,7 +450,7 @@ def fit_parts(model, tokenizer, data, rates: dict[str, float], steps: int, batch
     return losses
 
 # %% [markdown]
-# Each half alone, at the same few rates: a LoRA of rank 1, and a prompt with as many numbers. The score is the loss on a wording that is not trained on. Is there one rate that is good for both? The hybrids below take the best rate of each half.
+# Each half alone, at the same few rates: a LoRA of rank 1, and a prompt with as many numbers. The score is the loss on a wording that is not trained on. Is there one rate that is good for both? The hybrids below take the best rate of each half. The sweep is short and coarse: a rate that is best for these few steps need not be best for more of them.
 
 # %%
 halves = {"lora": mp.LoRA(rank=1, alpha=2, targets=half), "prompt": mp.PromptTuning(vectors, init="text", text=solved[:vectors])}
@@ -528,14 +528,14 @@ lab.heat_map([[finite.get((a, b)) for b in grid] for a in grid], [f"{a:g}" for a
              row_label="LoRA's rate", column_label="the prompt's rate", form=".3f")
 
 # %% [markdown]
-# Compare with the table of step 3: do the best rates lie the same way? Then read the map in two ways. Down a column: how much LoRA's rate matters. Along a row: how much the prompt's does. Is the best cell on the diagonal, and if not, which part wants the larger rate? Where a whole row looks alike, that part contributes little at any rate, and its own rate is a small question. Then the one rate to choose is the other part's. It is one seed, so a difference in the third decimal says nothing.
+# Compare with the table of step 3: do the best rates lie the same way? Then read the map in two ways. Down a column: how much LoRA's rate matters. Along a row: how much the prompt's does. Is the best cell on the diagonal, and if not, which part wants the larger rate? Where a whole row looks alike, that part contributes little at any rate, and its own rate is a small question. Then the one rate to choose is the other part's. Does the best cell stand at an edge of the map? Then a better pair may lie outside. It is one seed, so a difference in the third decimal says nothing.
 #
 # ## Is a hybrid better than its parts?
 #
-# A hybrid of two parts has their numbers *together*. If it beats each part alone, it may simply be larger. So give all candidates the same size, the same steps and the same reviews, in several seeds. Halve the parts: a prompt of 24 with a LoRA of rank 1, against a prompt of 48, and a LoRA of rank 2. Adapters come in steps, so their rows are within a tenth. The rates of prompt and LoRA are those of the grid; the other two have one rate each, which was not swept. A part keeps its rate in a hybrid.
+# A hybrid of two parts has their numbers *together*. If it beats each part alone, it may simply be larger. So give all candidates the same size, the same steps and the same reviews, with more than one seed. Halve the parts: a prompt of 24 with a LoRA of rank 1, against a prompt of 48, and a LoRA of rank 2. Adapters come in steps, so their rows are within a tenth. The rates of prompt and LoRA are those of the grid. The other two have one rate each, of the size that chapters 3 and 4 used, and not swept here. A part keeps its rate in a hybrid. So the comparison leans towards *prompt + LoRA*: its two rates were chosen together, at just this size of LoRA.
 
 # %%
-RATES = {"lora": best_pair[0], "prompt": best_pair[1], "prefix": 1e-2, "adapter": 1e-2}
+RATES = {"lora": best_pair[0], "prompt": best_pair[1], "prefix": 1e-1, "adapter": 5e-3}
 rank_1 = mp.LoRA(rank=1, alpha=2, **on_qv)
 
 def bottleneck(m: int) -> mp.BottleneckAdapter:
@@ -580,15 +580,15 @@ print(f"largest spread over seeds: {100 * spread:.1f} points; error from {len(fi
 figure
 
 # %% [markdown]
-# Say only what the last line of the print allows. If the gap is within chance, the honest sentence is: *at this size, on this task, in so few steps, we saw no difference.* A hybrid also costs: two rates to choose, and where a prompt is part of it, longer texts in every layer (see *s a step*).
+# Look at the dashed line first. A candidate that stands on it has learned nothing yet, and two of that kind cannot be compared. Then say only what the last line of the print allows. (Both *best* ones were picked by their test score, which flatters them: chapter 12 shows by how much.) If the gap is within chance, the honest sentence is: *at this size, on this task, in so few steps, we saw no difference.* A hybrid also costs: two rates to choose, and where a prompt is part of it, longer texts in every layer (see *s a step*).
 #
 # ## The fine-tune: medicines, at equal size
 #
-# Now the language model, and the question of stages. Four candidates of equal size, with the same questions in the same order and the same number of steps:
+# Now the language model, and the question of stages. Four candidates of equal size, with the same questions and the same number of steps:
 #
 # - a **prompt** alone, and a **LoRA** alone (rank 2 on the values of every second layer)
 # - the **hybrid**, half of each, trained *jointly*
-# - the same hybrid *in stages*: the LoRA for half of the steps, then frozen, and the prompt for the rest
+# - the same hybrid *in stages*: the LoRA for half of the steps, then frozen, and the prompt for the rest. Each stage has a warm-up of its own and begins at the first batch again
 #
 # The rates are the two that step 3 found on validation questions.
 
@@ -635,10 +635,10 @@ figure
 #
 # ## The start-up's pair: a frozen LoRA, a prompt on top
 #
-# Stage one: a LoRA learns the cards of these medicines. It is then **frozen**. Stage two is another task: the same questions, but the answer is one field alone, what the medicine treats. A prompt of 16 vectors learns it, on the frozen LoRA. Two others get the same steps:
+# Stage one: a LoRA learns the cards of these medicines. It is then **frozen**. Stage two is another task: the same questions, but the answer is one field alone, what the medicine treats. A prompt of 16 vectors learns it, on the frozen LoRA, at the rate of step 3. Two others get the same steps:
 #
 # - the same prompt on the **bare** model: was the LoRA's knowledge needed?
-# - the LoRA itself, trained on for the new task: then what happens to the old one?
+# - the LoRA itself, trained on for the new task at half its first rate: then what happens to the old one?
 
 # %%
 def treats(split: str) -> list[dict]:
@@ -698,7 +698,7 @@ print(f"{SECOND_STEPS} steps each; the first task is asked with the prompt put a
 lab.table([*stages_table, {"way": "the LoRA, before the second task", "first task, facts right": knows["facts"]}])
 
 # %% [markdown]
-# Three rows, three questions. Is the first row better than the second? Then the prompt *used* what the LoRA knows. Both have the same numbers and steps, so size is no excuse. Is the third row better still on the new task? It may be: it has many more numbers. But look at the last column: what the first task lost there, the frozen pair kept to the bit. That is asserted, not measured: no byte of the LoRA moved.
+# Three rows, three questions. Is the first row better than the second? Then the prompt *used* what the LoRA knows. Both have the same numbers and steps, so size is no excuse. (Are both near zero? Then these steps were too few for the prompt, and the rows say nothing about the LoRA.) Is the third row better still on the new task? It may be: it has many more numbers. But look at the last column: whatever became of the first task there, the frozen LoRA kept it to the bit. That is asserted, not measured: no byte of the LoRA moved.
 #
 # ## Merge what can be merged
 #

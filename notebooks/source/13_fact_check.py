@@ -67,7 +67,7 @@ predicted = {"percent that hold": None, "percent wrong, of the computable number
 # | literature | a paper, with its table or section | scaling to 11 billion, latency on a GPU |
 # | not checkable | nobody, as it stands | a study without a title, a forecast, "users report" |
 #
-# All claims lie in one file, `data/claims.yaml`, in our own words, with article and line. Here is how many there are.
+# All claims lie in one file, `data/claims.yaml`, in our own words. The articles themselves are not in the repository: their texts are not ours to give away. A claim's name says where it stands: *2.34b* is article 2, line 34, the claim with the letter b. Here is how many there are.
 
 # %%
 book = claims.load_claims()
@@ -78,7 +78,7 @@ lab.table([{"subject": s} | {kind: kinds[s, kind] for kind in claims.KINDS} | {"
 # %% [markdown]
 # A verdict is one of four: **holds**, **wrong**, **depends on …** (then it says on what), or **not checkable here**.
 #
-# No verdict of the first two kinds is anybody's opinion. Each names a function in `findings.py`, which returns a verdict and the figures. The reason you will read has gaps, and these figures fill them. A test fails when the file and the code disagree. Look at one.
+# A verdict of the first two kinds comes from code. Each names a function in `findings.py`, which returns a verdict and the figures. The reason you will read has gaps, and these figures fill them. A test fails when the file and the code disagree. Where a measurement is missing, you read *not measured yet*. What counts as *about* or as *far better* is a choice; it stands in the function. A verdict from the literature is our reading of the place it cites: look it up if you doubt it. Look at one function.
 
 # %%
 one = next(c for c in book if c.id == "2.34b")
@@ -157,7 +157,7 @@ except ImportError:
 # %% [markdown]
 # ## Soft prompts
 #
-# Chapters 2 and 3. **Guess first**: the buttons are *holds*, *wrong*, *depends*, and *nobody can tell*. Your first guess counts and is kept in `minipeft_progress.json` beside this notebook, so you can go on tomorrow; delete the file to begin again. (Where no buttons appear, as on GitHub, the verdicts are folded.)
+# Chapters 2 and 3. **Guess first**: the buttons are *holds*, *wrong*, *depends*, and *nobody can tell*. There are many claims; take as many as you like, for only those that you guess are scored. Your first guess counts and is kept in `minipeft_progress.json` beside this notebook, so you can go on tomorrow; delete the file to begin again. (Where no buttons appear, as on GitHub, the verdicts are folded.)
 
 # %%
 lab.guess("soft prompts")
@@ -189,7 +189,7 @@ figure
 lab.guess("adapters and (IA)³")
 
 # %% [markdown]
-# One article says that (IA)³ trains *fewer numbers than prompt tuning*, another that a prompt has *the fewest of all*. Both cannot be. It is a matter of length: somewhere a prompt overtakes.
+# One article says that (IA)³ trains *fewer numbers than prompt tuning*, another that a prompt has *the fewest of all*. Both cannot be true. It is a matter of length: somewhere a prompt overtakes.
 #
 # ### Exercise 2: where a prompt overtakes (IA)³ · 10 minutes · easy
 #
@@ -253,7 +253,7 @@ assert bert_share(64) < low <= bert_share(needed[low]) and needed[high] > needed
 lab.guess("LoRA")
 
 # %% [markdown]
-# The learning rate is where a wrong sentence does most harm: who follows it trains for hours and learns nothing. Here are the sweeps of chapter 5 again, each method with its own rates, and three regions: where the article would look for LoRA's best, where a study with many models found it, and where it was.
+# Who follows a wrong sentence about the learning rate may train for hours and learn little. Here are the sweeps of chapter 5 again, each method with its own rates. The large dots are the best of each. The red strip is where the article would look for LoRA's best, the dashed line is where a study with many models would.
 
 # %% tags=["figure"]
 def sweep_of(way: str) -> dict[float, float]:
@@ -346,7 +346,7 @@ check.largest_model(largest_model)
 # %% [markdown]
 # ### Exercise 6: find the bug · 10 minutes · medium
 #
-# A model in 4 bits reports a share of trained numbers that is far too large. It has happened in public code: each tensor was asked how many elements it has. Two 4-bit numbers lie in each element of a packed tensor. The first cell makes the mistake on a real model; then write the count that no packing fools.
+# A model in 4 bits reports a share of trained numbers that is far too large, because each tensor was asked how many elements it has. Two 4-bit numbers lie in each element of a packed tensor. [QLoRA's own script](https://github.com/artidoro/qlora/blob/main/qlora.py) counts elements in this way, and for 4 bits halves the number that *trains*: the share is then about right, and neither count is. The first cell makes the mistake on the small Llama; then write the count that no packing fools.
 
 # %%
 counted = {}
@@ -437,7 +437,7 @@ ax.set(xscale="log", xlabel="printed / computed")
 figure
 
 # %% [markdown]
-# Two things to take from it. Numbers that are sums of a config, such as 81,920, tend to be right: somebody multiplied. Numbers that were *remembered*, such as a card's size or a share, are off by factors. And a number with eight digits is no better than one with two.
+# Now look for what the dots on the line have in common. Most of them have their multiplication beside them in the article: 4096 × 20, or 10 × 768 × 2 × 12. You can do it again, and so could the author. Most of the others come without a model, a rank or a length, or with code whose output you are to believe. How many digits a number has tells you nothing.
 #
 # ## What you predicted
 
@@ -463,7 +463,7 @@ lab.table([{"": key, "predicted": predicted[key], "computed": value} for key, va
 # %% tags=["figure"]
 F = {c.figure: c.finding().figures for c in book if c.figure and c.finding().verdict != findings.OPEN}
 b65, lora8, ia3 = findings.bill("Llama 65B", "QLoRA"), F["lora_8b"]["trained"], F["ia3_against_prompt"]
-rates = F.get("learning_rate", {"times": float("nan")})
+swept = f"{F['learning_rate']['times']:.0f} times in chapter 5's sweep" if "learning_rate" in F else "chapter 5's sweep has not decided it here"
 holds, wrong, open_ = (sorted_out[s] for s in ("holds", "wrong", claims.NOT_CHECKABLE))
 
 lab.quiz([
@@ -478,7 +478,7 @@ lab.quiz([
                  "prompt tuning nears full fine-tuning at 10 billion": "A paper that trained such models decides it.",
                  "35 % of new installations are hybrids": "Nobody can decide it: there is no source."}},
     {"question": "65 billion weights with QLoRA. Which is the smallest card that holds one row of 512 tokens?", "right": "48 GB",
-     "choices": {"24 GB": f"In print, and wrong: the weights alone take {b65.weights / 1e9:.1f} GB.", "48 GB": f"{b65.total / 1e9:.1f} GB in all, as in the paper's abstract.",
+     "choices": {"24 GB": f"In print, and wrong: the weights alone take {b65.weights / 1e9:.1f} GB.", "48 GB": f"{b65.total / 1e9:.1f} GB in all. The paper's abstract, too, has one card of 48 GB.",
                  "80 GB": "It fits there too, but a smaller one does.", "none": f"{b65.total / 1e9:.1f} GB is not so much."}},
     {"question": "In a 7B Llama, (IA)³ against a prompt of 20 tokens: which trains fewer numbers?", "right": "the prompt",
      "choices": {"the prompt": f"{ia3['prompt']:,} against {ia3['ia3']:,}. They are equal at {ia3['equal_at_tokens']:.0f} tokens.",
@@ -486,14 +486,14 @@ lab.quiz([
                  "they are equal": f"At {ia3['equal_at_tokens']:.0f} tokens, not at 20.",
                  "it depends on the data": "A count does not."}},
     {"question": "How does LoRA's best learning rate compare with full fine-tuning's?", "right": "about ten times higher",
-     "choices": {"three to five times lower": "In print, and the advice that does most harm.", "the same": "At full fine-tuning's rate LoRA learns too slowly: see the figure above.",
-                 "about ten times higher": f"In the literature; {rates['times']:.0f} times in chapter 5's sweep.",
+     "choices": {"three to five times lower": "In print. The literature says the opposite: see the figure above for chapter 5.", "the same": "In print as a common mistake, rightly. But the cure is a higher rate, not a lower one.",
+                 "about ten times higher": f"In the literature; {swept}.",
                  "PEFT chooses it": "LoraConfig has no setting for it."}},
     {"question": "The best rate of a sweep is the largest that was tried. What do you know about the best rate?", "right": "that it is at least about so large",
-     "choices": {"it": "It may lie beyond: nobody looked.", "that it is at least about so large": "Try larger ones before you judge.",
+     "choices": {"that it is this one": "It may lie beyond: nobody looked.", "that it is at least about so large": "Try larger ones before you judge.",
                  "that the sweep diverged": "It has not, or this would not be the best.", "nothing": "The smaller ones tried are worse. That is something."}},
     {"question": "What do the letters of (IA)³ stand for?", "right": "infused adapter by inhibiting and amplifying inner activations",
-     "choices": {"infused adapter by inhibiting and amplifying inner activations": "Two times I and A in the name, and once more.",
+     "choices": {"infused adapter by inhibiting and amplifying inner activations": "Three I's and three A's, hence the name.",
                  "input-aware adapter adjustment": "In print, and made up.", "iterated additive adapters": "Nothing is added.",
                  "inner attention alignment": "Attention is rescaled, not aligned."}},
     {"question": "DoRA has *the same parameter count* as LoRA of equal rank. True?", "right": "no: one more for each output",
@@ -542,7 +542,7 @@ with tempfile.TemporaryDirectory() as thrown_away:
 # %% [markdown]
 # ## Recap
 #
-# - Ask first what kind of claim it is. Arithmetic decides more of them than you would think.
+# - Ask first what kind of claim it is. That tells you whether to count, to run, to read, or to stop.
 # - A model need not be loaded to be counted or billed: its config is enough.
 # - A share without a model and a length, a latency without a batch, a rate without a sweep: each *depends on …*.
 # - Ask what would make a claim true. If that is absurd, so is the claim.
