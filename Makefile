@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test run test-notebooks test-colab test-browser results results-chapters notebooks badges classroom bench setup clean
+.PHONY: help lab test run test-notebooks test-colab test-browser results results-chapters notebooks badges classroom pictures bench setup clean
 
 help:
 	@echo "make lab              set up, then open the course in JupyterLab"
@@ -30,6 +30,7 @@ help:
 	@echo "make notebooks        build the notebooks from notebooks/source"
 	@echo "make badges REPO=owner/name   where the course is published, into every notebook"
 	@echo "make classroom        the student notebooks without solutions, to hand out: build/minipeft-classroom.zip"
+	@echo "make pictures         README's pictures and its table of the comparison, drawn anew"
 	@echo "make bench            time and memory beside Hugging Face PEFT and bitsandbytes"
 	@echo "make setup            set up only: .venv, packages, base models, data"
 	@echo "make clean            remove .venv and everything built; the model cache stays"
@@ -99,6 +100,7 @@ $(VENV)/installed-browser: $(INSTALLED)
 # Goes on where it was stopped. For a part of it: .venv/bin/python notebooks/compare.py --list
 results: setup
 	$(PYTHON) notebooks/compare.py
+	$(PYTHON) notebooks/pictures.py
 
 results-chapters: setup
 	$(PYTHON) notebooks/tools.py results
@@ -115,6 +117,9 @@ name-a-repository:
 
 classroom: $(INSTALLED)
 	$(PYTHON) notebooks/classroom.py
+
+pictures: $(INSTALLED)
+	$(PYTHON) notebooks/pictures.py
 
 bench: setup
 	$(PYTHON) tests/bench.py

@@ -16,7 +16,8 @@ positive from negative texts, in four domains, a model or adapter each. For ever
 3. Questions: rates, ranks, lengths, starts, sizes: the same runs with one thing changed.
 
 Each run is a process of its own, so that its memory is its own, and one record, written when it is done:
-data/results/comparison_runs.json. A record holds for its settings, its budget and the code it ran: `stale` tells
+data/results/comparison_runs.json. All compute in float32, so that machines with and without 16-bit arithmetic give
+the same. Runs on MiniLM, whose products keep no two cores busy, go side by side, one core each; SmolLM2 has all cores. A record holds for its settings, its budget and the code it ran: `stale` tells
 where the code is another one now (comments and docstrings do not count). Before such a run is measured again, its
 first steps are repeated. Where their losses are the same, the change did not matter, and the record stays.
 """
@@ -38,8 +39,9 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -143,6 +145,11 @@ GUESS = {"cards": {"frozen base": 25, "hard prompt": 40, "BitFit": 5, "prompt tu
          "latency": {"": 150}}
 
 
+def key_of(run: Run | str) -> str:
+    """The name of its record; a latency table is its own."""
+    return run if isinstance(run, str) else run.key
+
+
 def contestant(name: str, task: str, changes: tuple = ()):
     """The settings of a method on a task; None where nothing is plugged in."""
     import minipeft as mp
@@ -188,6 +195,8 @@ def measure(run: Run, budget: Budget, heads: str, first_only: bool = False) -> d
     from minipeft import profiles
 
     began = time.perf_counter()
+    if run.task == "sentiment":
+        torch.set_num_threads(1)
     try:
         settings = contestant(run.method, run.task, run.changes)
         already = profiles.memory_in_use()
@@ -210,7 +219,7 @@ def measure(run: Run, budget: Budget, heads: str, first_only: bool = False) -> d
 
         cards = run.task == "cards"
         config = mp.FitConfig(steps=budget.card_steps if cards else budget.steps, batch_size=budget.card_batch if cards else budget.batch,
-                              shuffle=not cards, lr=run.rate, warmup=0.1, progress=False,
+                              shuffle=not cards, lr=run.rate, warmup=0.1, progress=False, precision="fp32",
                               seed=run.seed if run.order is None else run.order)
         try:
             done = mp.fit(model, tokenizer, data["train"], config, watch=watch)
@@ -219,7 +228,7 @@ def measure(run: Run, budget: Budget, heads: str, first_only: bool = False) -> d
             return record
         except ArithmeticError as error:
             return record | {"diverged": str(error).split(":")[0], "loss": None, "wall": time.perf_counter() - began}
-    record["loss"] = mp.evaluate(model, tokenizer, data["validation"])["loss"]
+    record["loss"] = mp.evaluate(model, tokenizer, data["validation"], precision="fp32")["loss"]
     record |= judge_cards(run, model, tokenizer, data) if run.task == "cards" else judge_sentiment(run, model, tokenizer, data)
     record["file MB"] = file_size(run, model) if trains else 0.0
     if not math.isfinite(record["loss"]):
@@ -263,7 +272,7 @@ def start(run: Run, budget: Budget, heads: Path):
         return model, tokenizer
     model.base_model.requires_grad_(False)
     mp.fit(model, tokenizer, sentiment_data(replace(run, method="frozen base"), budget)["train"],
-           mp.FitConfig(steps=budget.steps, batch_size=budget.batch, lr=1e-2, progress=False, seed=1000 + run.seed))
+           mp.FitConfig(steps=budget.steps, batch_size=budget.batch, lr=1e-2, progress=False, precision="fp32", seed=1000 + run.seed))
     model.requires_grad_(True)
     write_json(file, [p.tolist() for p in model.classifier.parameters()])
     return model, tokenizer
@@ -332,7 +341,7 @@ def judge_cards(run: Run, model, tokenizer, data: dict) -> dict:
     found = {"score": statistics.mean(marks[k] for k in ("format", "facts", "recall")), **marks}
     if run.method == "hard prompt":
         return found
-    return found | {"plain loss": mp.evaluate(model, tokenizer, plain_english())["loss"]}
+    return found | {"plain loss": mp.evaluate(model, tokenizer, plain_english(), precision="fp32")["loss"]}
 
 
 def plain_english() -> list[dict]:
@@ -366,7 +375,7 @@ def judge_sentiment(run: Run, model, tokenizer, data: dict) -> dict:
     import minipeft as mp
 
     positive = statistics.mean(e["label"] for e in data["test"])
-    found = {"score": mp.evaluate(model, tokenizer, data["test"])["accuracy"], "commoner": max(positive, 1 - positive)}
+    found = {"score": mp.evaluate(model, tokenizer, data["test"], precision="fp32")["accuracy"], "commoner": max(positive, 1 - positive)}
     return found | ({"old skill": find_again(model, tokenizer)} if run.domain == "movies" else {})
 
 
@@ -416,6 +425,16 @@ def measure_latency(task: str, budget: Budget) -> dict:
 
 
 # ---------------------------------------------------------------------------- what to run
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def side_by_side(ready: list[Run | str]) -> list[Run | str]:
+    """Of the runs that may be done, those that are done next, at once."""
+    first = ready[0]
+    if isinstance(first, str) or first.task != "sentiment":
+        return [first]
+    return [run for run in ready if isinstance(run, Run) and run.task == "sentiment"][:CORES]
 
 
 def next_rate(rate: float, up: bool) -> float:
@@ -503,8 +522,7 @@ class Plan:
         wanted: dict[str, tuple] = {}
 
         def add(run, known=True):
-            key = run if isinstance(run, str) else run.key
-            wanted.setdefault(key, (run, known))
+            wanted.setdefault(key_of(run), (run, known))
 
         for task in ("sentiment", "cards"):
             methods = [m for m in CONTESTANTS if self.asked_for(task, m)]
@@ -530,7 +548,7 @@ class Plan:
         return list(wanted.values())
 
     def missing(self) -> list[tuple[Run | str, bool]]:
-        return [(run, known) for run, known in self.runs() if (run if isinstance(run, str) else run.key) not in self.records]
+        return [(run, known) for run, known in self.runs() if key_of(run) not in self.records]
 
     def seconds(self, run: Run | str) -> float:
         """How long a run will take: as runs of this task and method took, or a guess."""
@@ -544,7 +562,7 @@ class Plan:
         return 2 + longer * (statistics.median(took) if took else guess)
 
     def minutes(self) -> float:
-        return sum(self.seconds(run) for run, _ in self.missing()) / 60
+        return sum(self.seconds(run) / len(side_by_side([run] * CORES)) for run, _ in self.missing()) / 60
 
 
 def valid(key: str, record: dict, budget: Budget) -> bool:
@@ -686,6 +704,8 @@ def method_row(plan: Plan, task: str, method: str) -> dict | None:
 class Bench:
     """The records, where they are kept, and a process for each run."""
 
+    writing = threading.Lock()
+
     def __init__(self, path: Path, budget: Budget, heads: Path):
         self.path, self.budget, self.heads = path, budget, heads
         self.records = read_records(path)
@@ -705,8 +725,9 @@ class Bench:
             record = self.alone(measure_latency, run.removeprefix("latency / "), self.budget) | {"code": self.code["latency"]}
         else:
             record = self.alone(measure, run, self.budget, str(self.heads)) | asdict(run) | {"code": self.code[run.method]}
-        self.records[run if isinstance(run, str) else run.key] = record | {"budget": asdict(self.budget)} | self.about
-        write_records(self.path, self.records)
+        with self.writing:
+            self.records[key_of(run)] = record | {"budget": asdict(self.budget)} | self.about
+            write_records(self.path, self.records)
         return record
 
     def settle(self, only: set[str] = frozenset()) -> None:
@@ -732,6 +753,17 @@ class Bench:
                 else:
                     del self.records[key]
         write_records(self.path, self.records)
+
+
+def together(bench: Bench, runs: list[Run | str]):
+    """Do these side by side; of each, when it is done: (key, record, what went wrong, seconds)."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(len(runs)) as pool:
+        doing = {pool.submit(bench.do, run): key_of(run) for run in runs}
+        for done in as_completed(doing):
+            error = done.exception()
+            yield (doing[done], None if error else done.result(), error and f"{type(error).__name__}: {error}",
+                   time.monotonic() - began)
 
 
 def run_of(record: dict) -> Run:
@@ -770,29 +802,27 @@ def main(argv: list[str] | None = None) -> int:
           " and more where a best rate stands at an edge")
     if args.list:
         for run, known in plan.runs():
-            key = run if isinstance(run, str) else run.key
+            key = key_of(run)
             print("  there  " if key in plan.records else "  missing" if known else "  waits for its rate", key)
         return 0
     began, failed = time.monotonic(), {}
     while (time.monotonic() - began) / 60 < args.minutes:
         plan = Plan(bench.records, budget, only)
-        ready = [run for run, known in plan.missing() if known and (run if isinstance(run, str) else run.key) not in failed]
+        ready = [run for run, known in plan.missing() if known and key_of(run) not in failed]
         if not ready:
             break
-        key = ready[0] if isinstance(ready[0], str) else ready[0].key
-        started = time.monotonic()
         try:
-            record = bench.do(ready[0])
+            for key, record, error, took in together(bench, side_by_side(ready)):
+                if error is not None:                            # that run alone is lost; the others go on
+                    failed[key] = error
+                    print(f"FAILED  {key}: {error}", flush=True)
+                    continue
+                left = Plan(bench.records, budget, only)
+                print(f"{time.strftime('%H:%M')}  {key}: {said(record)}, {took:.0f} s; {len(left.missing())} to go, "
+                      f"about {left.minutes():.0f} min", flush=True)
         except KeyboardInterrupt:
             print("stopped; the next time it goes on here")
             break
-        except Exception as error:                               # that run alone is lost; the others go on
-            failed[key] = f"{type(error).__name__}: {error}"
-            print(f"FAILED  {key}: {failed[key]}", flush=True)
-            continue
-        left = Plan(bench.records, budget, only)
-        print(f"{time.strftime('%H:%M')}  {key}: {said(record)}, {time.monotonic() - started:.0f} s; {len(left.missing())} to go, "
-              f"about {left.minutes():.0f} min", flush=True)
     write_json(folder / "comparison.json", summarise(bench.records, budget))
     left = Plan(bench.records, budget, only).missing()
     print(f"{len(left)} runs are missing; the tables are in {(folder / 'comparison.json').relative_to(ROOT)}")

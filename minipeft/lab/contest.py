@@ -102,7 +102,7 @@ def comparison_figure(task: str = "cards", results: Mapping | None = None) -> Dr
         if task == "sentiment":
             ax.axvline(next(iter(found.values()))["commoner"], color=COLOURS["vermilion"], linestyle=":", linewidth=1.2)
         ax.set_yticks(range(len(found)), list(found))
-        ax.set(ylim=(len(found) - 0.4, -1.1), xlim=(0 if task == "cards" else 0.45, 1), xlabel=SCORE[task])
+        ax.set(ylim=(len(found) - 0.4, -1.1), xlim=(0 if task == "cards" else min(0.45, min(r["score"] if r["lowest"] is None else r["lowest"] for r in found.values()) - 0.02), 1), xlabel=SCORE[task])
         ax.text(1.01, -0.9, "numbers trained", transform=ax.get_yaxis_transform(), fontsize=9, va="center")
         for socket, colour in SOCKET_COLOURS.items():
             ax.plot([], [], "o", color=colour, label=socket)

@@ -143,7 +143,7 @@ assert b65["QLoRA"].weights > 24e9 and b65["QLoRA"].fits(48e9) and 80e9 < b65["L
 lab.table([{"in print": c, "the bill": found, "so it": so} for c, found, so in claims])
 
 # %% [markdown]
-# Look at the first row: the claim of 24 GB is not a matter of settings. Half a byte for each of 65 billion weights is more than the card has, before anything is computed. A factor such as 2.35 does depend on them: what both ways share, the activations, pulls it towards 1.
+# Look at the first row: the claim of 24 GB is not a matter of settings. Half a byte for each of 65 billion weights is more than the card has, before anything is computed. A factor such as 2.35 does depend on them: what both ways share, the LoRA's training and the activations, pulls it towards 1.
 #
 # ### Exercise 1: bytes of a QLoRA run · 10 minutes · medium
 #
@@ -182,9 +182,9 @@ check.qlora_bytes(qlora_bytes)
 # %% [markdown]
 # ### The frozen model, in full and in 4 bits
 #
-# Now a model that you can load. `mp.load_base(…, quantized=True)` reads one weight after the other and quantises each at once, so the full model never has to fit. The loss on a held-out wording says how much that changes the model. If you run the small embedded model: its weights had been through another 4-bit format before they were published, so you quantise for the second time.
+# Now a model that you can load. `mp.load_base(…, quantized=True)` reads one weight after the other and quantises each at once, so the full model never has to fit. The loss on a held-out wording says how much that changes the model. The megabytes fall by less than the bits of a linear layer: the embedding and the head stay as they were, and the smaller a model is, the larger is their share. If you run the small embedded model: its weights had been through another 4-bit format before they were published, so you quantise for the second time.
 #
-# The task is that of chapter 5: cards of medicines, asked for in both directions. So are the scores: shares of cards with the right format, name and facts, and *recall*, the share of described medicines that are named. This is teaching data, not medical advice.
+# The task is that of chapter 5: cards of medicines, asked for in both directions. So are the scores: shares of cards with the right format, name and facts, and *recall*, the share of described medicines that are named. Training, held-out loss and test ask about the same medicines in different wordings: you measure what a model remembers. The table asks the frozen 4-bit model a few of the test questions; they are the floor that training has to leave. This is teaching data, not medical advice.
 
 # %%
 def big_enough() -> str:
@@ -435,7 +435,7 @@ mp.detach(base4)
 #
 # ## The same as the package
 #
-# This is the package's own product. Where the compiled kernels of chapter 8 can be used, it takes them instead: the same result up to rounding. And the whole of QLoRA, a LoRA beside an NF4 layer, computes what Hugging Face PEFT computes on a layer of bitsandbytes.
+# This is the package's own product. Where the compiled kernels of chapter 8 can be used, it takes them instead: the same result up to rounding. And the whole of QLoRA, a LoRA beside an NF4 layer, computes what Hugging Face PEFT computes on a layer of bitsandbytes. (bitsandbytes may print that it could not load a kernel of its own. The comparison does not need it.)
 
 # %%
 from minipeft.quant import kernels, linear4bit
@@ -492,7 +492,7 @@ mp.parameter_report(base4)
 # %% [markdown]
 # ## The fine-tune: QLoRA beside LoRA
 #
-# The same cards, the same order, the same start of $A$, the same number of steps; only the base differs. The rate is chapter 5's. You see QLoRA's curve while it runs.
+# The same cards, the same order, the same start of $A$, the same number of steps; only the base differs. The rate is chapter 5's. You see QLoRA's curve while it runs. The memory above it is that of everything loaded, both models included; what each one needs is counted below.
 
 # %%
 plan = mp.FitConfig(steps=mp.pick(smoke=2, cpu=40, gpu=250), batch_size=mp.pick(smoke=2, cpu=8, gpu=8), lr=2e-3, seed=0, progress=False)
@@ -531,7 +531,7 @@ gap = after["QLoRA"]["held-out loss"] - after["LoRA"]["held-out loss"]
 start_gap = frozen["linears in NF4"]["held-out loss"] - frozen["in full"]["held-out loss"]
 saved = costs["LoRA"]["all, MB"] - costs["QLoRA"]["all, MB"]
 print(f"held-out loss, QLoRA minus LoRA: {start_gap:+.3f} before training, {gap:+.3f} after it")
-print(f"names recalled: LoRA {after['LoRA']['recall']:.0%}, QLoRA {after['QLoRA']['recall']:.0%} of {after['LoRA']['questions']} questions")
+print(f"described medicines that are named: LoRA {after['LoRA']['recall']:.0%}, QLoRA {after['QLoRA']['recall']:.0%}")
 print(f"a step takes {slower:.2f} times as long; in print: 1.25 times")
 print(f"training computed in {profiles.precision()}, on a base in {str(DTYPE).removeprefix('torch.')}")
 print(f"QLoRA needs {saved:,.0f} MB less of LoRA's {costs['LoRA']['all, MB']:,.0f} MB; a pass takes {costs['QLoRA']['one pass, MB']:,.0f} MB, LoRA's {costs['LoRA']['one pass, MB']:,.0f} MB")
@@ -539,9 +539,10 @@ print(f"QLoRA needs {saved:,.0f} MB less of LoRA's {costs['LoRA']['all, MB']:,.0
 # %% [markdown]
 # How to read it:
 #
-# - **Score.** One seed and a few cards: a small difference is no difference. Below you see how far seeds spread.
-# - **Memory.** What QLoRA saves is the frozen weights' bytes. *One pass* is the most bytes of tensors alive at once in a forward and a backward pass, weights left out. It is counted in the base's own precision. There both keep the same activations. QLoRA also needs room for a weight that it has just dequantised; the compiled kernel takes a small piece of it at a time, which is not counted. The last line has both passes. Where training computed in bf16 on a float32 base, the printed line says so, and its own pass was another one: most activations take half the bytes, and autograd keeps a 16-bit copy of every full weight, which QLoRA does not need. Compare the share of a pass here with the thin green part of the bars of 65 billion parameters: the larger the model, the more the weights decide.
-# - **Time.** To dequantise is extra work in every product, forward and backward. How much it matters depends on the machine, the kernel, and on how many tokens share one dequantised weight. A percentage in print belongs to somebody's card.
+# - **Did it learn?** Compare the scores with those of the frozen 4-bit model above. Half of the questions ask for a card; *format*, *name* and the facts count these. The other half describe a medicine; *recall* counts those.
+# - **QLoRA beside LoRA.** The first line below the table compares the gap that quantisation had made with the one after training. Was it won back? One seed and a few cards: a small difference is no difference. Below you see how far seeds spread, in a shorter run. Where both score near the top, the scores cannot tell them apart, and you have shown only that this task is not too hard for either.
+# - **Memory.** What QLoRA saves is the frozen weights' bytes. *One pass* is the most bytes of tensors alive at once in a forward and a backward pass, weights left out. It is counted in the base's own precision. There both keep the same activations. QLoRA also needs room for a weight that it has just dequantised; the compiled kernel takes a small piece of it at a time, which is not counted. The last line has both passes. Where training computed in bf16 on a float32 base, the printed line says so, and its own pass was another one: most activations take half the bytes, and training keeps a 16-bit copy of every linear layer's full weight, which QLoRA does not need. Compare the share of a pass here with the thin green part of the bars of 65 billion parameters: the larger the model, the more the weights decide.
+# - **Time.** To dequantise is extra work in every product, forward and backward. How much it matters depends on the machine, the kernel, and on how many tokens share one dequantised weight. The two runs were timed one after the other, so part of a small difference may be the machine's. A percentage in print belongs to somebody's card.
 #
 # ### Optimizers in 8 bits, and paged ones
 #
@@ -565,6 +566,8 @@ print("" if rows else "there is no GPU in this profile, so the 8-bit optimizers 
 lab.table(rows or [{"optimizer": "adamw", "where": "any device"}, {"optimizer": "adamw8bit, paged_adamw8bit", "where": "GPU, with bitsandbytes"}])
 
 # %% [markdown]
+# The states in full fine-tuning belong to all parameters, so a smaller state is worth much there, even counted from 16 bits. In QLoRA they belong to the adapter alone; they start from float32, and still there is little to save.
+#
 # ## Break it: the start
 #
 # Plain QLoRA starts at $BA = 0$: the model starts as the quantised one, with its whole error. LoftQ starts with $s\,BA$ as a correction of that error. Take turns:
@@ -622,9 +625,9 @@ display(figure)
 lab.table([{"weight": kind, "‖W - Q‖ / ‖W‖, plain": v[0], "after 1": v[1], f"after {len(v) - 1}": v[-1]} for kind, v in residuals.items()])
 
 # %% [markdown]
-# It falls most at the first iteration. One that does not make it smaller is not used, and is the last: the point stays in the figure. And more than half of the error is left: it is spread over all directions like noise, and a rank of 16 holds few of them. Is it worth anything to training?
+# Mind the axis: it need not start at zero. The error falls most at the first iteration. An iteration that did not make it smaller would not be used, and would be the last; its point would stay in the figure. And more than half of the error is left: it is spread over all directions like noise, and a rank of 16 holds few of them. Is it worth anything to training?
 #
-# Three starts, equal steps, equal rows: LoRA on the full base, plain QLoRA, QLoRA started by LoftQ with one iteration. With one, the base is exactly that of plain QLoRA, so only $A$ and $B$ differ. Each start runs with a few seeds (in the smoke profile with one). A seed is an order of the rows; plain starts also draw $A$ anew.
+# Three starts, equal steps, equal rows: LoRA on the full base, plain QLoRA, QLoRA started by LoftQ with one iteration. With one, the base is exactly that of plain QLoRA, so only $A$ and $B$ differ. Each start runs with a few seeds (in the smoke profile with one). A seed is an order of the rows, the same for all starts; plain starts also draw $A$ anew. In the figure each line is one seed.
 
 # %%
 where = replace(lora, targets=mp.pick(smoke=("k_proj",), cpu="all-linear", gpu="all-linear"))
@@ -664,11 +667,14 @@ better = mean["QLoRA, plain"] - mean["QLoRA, LoftQ"]
 print(f"held-out loss after {short.steps} steps: LoftQ's start is {abs(better):.3f} {'better' if better > 0 else 'worse'} than the plain one; seeds spread by up to {spread:.3f}")
 print("with one seed there is no spread to compare that with" if len(starts["QLoRA, plain"]) == 1
       else "that is " + ("more" if abs(better) > spread else "not more") + " than the seeds' spread")
+print("the same seed with both starts, plain minus LoftQ:", ", ".join(f"{p['after'] - q['after']:+.3f}" for p, q in zip(starts["QLoRA, plain"], starts["QLoRA, LoftQ"])))
 lab.table([{"start": name, "loss before": statistics.mean(o["before"] for o in seeds), f"after {short.steps} steps": mean[name],
             "lowest": min(o["after"] for o in seeds), "highest": max(o["after"] for o in seeds)} for name, seeds in starts.items()])
 
 # %% [markdown]
-# How to read it: *loss before* is what LoftQ promises, a start nearer to the full model. Compare its gain with the distance between the first two rows, which is all that quantisation costs here. *After* is what you get. Read the line above the table: it says whether the difference is larger than the seeds'. The paper's largest gains are at 2 bits, where much more is lost.
+# How to read it: *loss before* is what LoftQ promises, a start nearer to the full model. Compare its gain with the distance between the first two rows, which is all that quantisation costs here before training. *After* is what you get. Read the lines above the table. The second says whether the difference is larger than the seeds' spread. That is a strict test: a part of the spread comes from the order of the rows, and the starts share that order. So the third compares start with start at the same seed. If its signs differ, you have seen nothing. If they agree, it is a hint; so few seeds are no proof.
+#
+# These runs are short, and a start counts most at the beginning. Go back to the line *QLoRA minus LoRA* of the longer fine-tune: where training has closed the gap by itself, a better start has nothing left to win. The paper's largest gains are at 2 bits, where much more is lost.
 #
 # ## Exercise 4: find the bug · 10 minutes · medium
 #
@@ -714,7 +720,7 @@ check.prepare(prepare)
 #
 # - $\tilde W$ **in full precision**: dequantise, add, keep. Nothing is lost but the memory.
 # - $\tilde W$, **rounded to 4 bits again**. Every weight falls back onto one of 16 levels. Where the update is small beside the distance of two levels, most weights fall back to where they were.
-# - $W$, the base **before** quantisation. It never was what the adapter saw. Often it does well, because $W$ is the better base; it is no merge in the strict sense.
+# - $W$, the base **before** quantisation. It may be the better base (compare the frozen models above), but it never was what the adapter saw. So this is no merge in the strict sense, and how well it does must be measured: the last row of the table below.
 #
 # ### Exercise 5: merge and measure · 10 minutes · medium
 #
@@ -785,7 +791,7 @@ for kind, colour in (("q_proj", "blue"), ("v_proj", "sky"), ("o_proj", "green"),
     if at:
         ax.scatter([100 * sizes_of_update[p] for p in at], [lost[p] for p in at], s=22, color=COLOURS[colour], label=kind)
 ax.axhline(1, color=COLOURS["black"], linestyle="--", linewidth=1.2, label="as if the update had been dropped")
-ax.set(xlabel=r"size of the update, percent of $\|\tilde W\|$", ylabel="size of the rounding error / of the update", xlim=(0, None), ylim=(0, 1.15 * max(1, *lost.values())))
+ax.set(xlabel=r"size of the update, percent of $\|\tilde W\|$", ylabel="rounding error / update", xlim=(0, None), ylim=(0, 1.15 * max(1, *lost.values())))
 ax.legend(fontsize=9, ncols=2)
 untrained, left = frozen["linears in NF4"]["held-out loss"], [ways_out[w]["held-out loss"] for w in ("merged, in 4 bits again", "beside the 4-bit base")]
 print(f"held-out loss: {untrained:.3f} before training, {left[1]:.3f} after it, {left[0]:.3f} after the rounded merge: {(untrained - left[0]) / (untrained - left[1]):.0%} of the gain is left")
@@ -793,7 +799,9 @@ print(f"rounding moved the weights by {mean_lost:.0%} of what the adapter had mo
 figure
 
 # %% [markdown]
-# Each point is a linear layer of one of the kinds named. A point on the line: the rounded weight is as far from the merged one as if you had thrown the update away. Above it, even farther. The reason: the base's weights lie exactly on levels. An entry of the update that is smaller than half the distance to the next level falls back to where it was. Only larger ones survive, rounded. And where the update moves the largest weight of a block, the block gets a new scale: all its levels move, and all its weights are rounded anew. So a gentle fine-tune can vanish almost whole. (Where `mp.fit` computes in bf16, the held-out losses do too: there, a small difference between the first two rows of the table is rounding.) What that means for the model only the losses can tell: the first line above the figure says how much of the gain of training is left.
+# First the table. The two columns on logits and tokens look at the tokens of one question. Training asked for answers only, so most of these positions were never trained: the columns say whether two models are the same, not which is better. For that, read the loss and the recall. In full precision the merge is the same model. Beside the base before quantisation the adapter makes another one; its loss says how well it does, beside the first row and beside the loss before training.
+#
+# Now the figure. Each point is a linear layer of one of the kinds named. A point on the line: the rounded weight is as far from the merged one as if you had thrown the update away. Above it, even farther. The reason: the base's weights lie exactly on levels. An entry of the update that is smaller than half the distance to the next level falls back to where it was. Only larger ones survive, rounded. And where the update moves the largest weight of a block, the block gets a new scale: all its levels move, and all its weights are rounded anew. So a gentle fine-tune can vanish almost whole. (Where `mp.fit` computes in bf16, the held-out losses do too: there, a small difference between the first two rows of the table is rounding.) What that means for the model only the losses can tell: the first line above the figure says how much of the gain of training is left. The recall is stricter: a name must be right to the letter.
 #
 # Now the file. It holds $A$ and $B$ only, so it is the same size as LoRA's. Whoever loads it must load the same base **and quantise it the same way**.
 
@@ -882,6 +890,7 @@ lab.quiz([
 # - A bill can be written from a configuration alone. 65 billion parameters fit a card of 48 GB, with short rows and gradient checkpointing. They do not fit 24 GB.
 # - How few numbers a method trains hardly matters there: a base frozen in 16 bits is nearly the whole bill, whatever stands beside it.
 # - The gradient passes through the frozen weight. What is saved is the weight's own bytes, and nothing of the activations.
+# - What quantisation costs before training, what is left of that after it, and how much longer a step takes: your own tables say it, for this model and this task.
 # - LoftQ starts nearer to the full model. What is left of that after training is a question for your seeds.
 # - Merge into what the adapter was trained beside, in full precision. Rounding again costs; say how much.
 # - After quantising, look at what is *not* in 4 bits. That is where memory comes back.

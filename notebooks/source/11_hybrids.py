@@ -390,7 +390,7 @@ print(f"at one rate, a first step lowers the loss {times:.3g} times as much in t
 lab.table(buys)
 
 # %% [markdown]
-# That is the start only, and to first order. A rate must also last for all the steps. So each part gets a rate of its own. Torch's optimizers take *parameter groups* for that: a list of dicts, each with its own `"lr"`. A schedule then changes all of them in every step.
+# That is the start only, and to first order. Later $A$ moves too, and a rate must last for all the steps. So the sum does not tell you the best rates. A sweep does, and for that each part needs a rate of its own. Torch's optimizers take *parameter groups* for that: a list of dicts, each with its own `"lr"`. A schedule then changes all of them in every step.
 #
 # ### Exercise 4: find the bug · 10 minutes · medium
 #
@@ -450,7 +450,7 @@ def fit_parts(model, tokenizer, data, rates: dict[str, float], steps: int, batch
     return losses
 
 # %% [markdown]
-# Each half alone, at the same few rates: a LoRA of rank 1, and a prompt with as many numbers. The score is the loss on a wording that is not trained on. Is there one rate that is good for both? The hybrids below take the best rate of each half. The sweep is short and coarse: a rate that is best for these few steps need not be best for more of them.
+# Each half alone, at the same few rates: a LoRA of rank 1, and a prompt with as many numbers. The score is the loss on a wording that is not trained on. Is there one rate that is good for both? The prompt starts from the text of a solved card, so it changes the loss before its first step. The print gives both starts: hold each column against its own. The medicine hybrids below take the best rate of each half. The sweep is short and coarse: a rate that is best for these few steps need not be best for more of them.
 
 # %%
 halves = {"lora": mp.LoRA(rank=1, alpha=2, targets=half), "prompt": mp.PromptTuning(vectors, init="text", text=solved[:vectors])}
@@ -468,10 +468,15 @@ def alone(part: str, rate: float) -> float:
 one_rate = {part: {rate: alone(part, rate) for rate in few_rates} for part in halves}
 CARD_RATES = {part: min(by_rate, key=by_rate.get) for part, by_rate in one_rate.items()}
 before_any = mp.evaluate(model, tokenizer, cards["validation"])["loss"]
-print(f"the frozen model: {before_any:.4g}; best rates: LoRA {CARD_RATES['lora']:g}, prompt {CARD_RATES['prompt']:g}")
+mp.attach(model, halves["prompt"], "prompt")
+before_steps = mp.evaluate(model, tokenizer, cards["validation"])["loss"]
+mp.detach(model, "prompt")
+print(f"untrained: LoRA {before_any:.4g}, as the frozen model; prompt {before_steps:.4g}. Best rates: LoRA {CARD_RATES['lora']:g}, prompt {CARD_RATES['prompt']:g}")
 lab.table([{"one rate for both": rate} | {f"{part} alone, loss": by_rate[rate] for part, by_rate in one_rate.items()} for rate in few_rates])
 
 # %% [markdown]
+# Read each column from its best loss downwards. Where does a half end above its own start? That rate is too large for it. The half that comes to such a row first limits what the two can share. Are both best in the same row? Then one rate would do here, as far as so coarse a table can tell. Is the part with the larger sum above also the one that wants the smaller rate? If not, you see how little the first step says about the rest.
+#
 # ## The same as the package
 #
 # With equal rates, `fit_parts` must do what `mp.fit` does. The cell trains the same hybrid both ways. Below it: how the package runs several pieces on one module. Compare with exercise 2.
@@ -495,44 +500,58 @@ print(inspect.getsource(sockets.ModulePlug.__call__))
 # %% [markdown]
 # ## Break it: one rate for all
 #
-# Is that a law? Ask another model and another task: film reviews, positive or negative, on MiniLM, small enough for many runs. A LoRA of rank 1 and a prompt of 8 vectors, every pair of rates. The diagonal is *one rate for all*; it is also what you get with the bug above. The score is the loss on **validation** reviews, lower is better. The head has a rate of its own, the same in all runs.
+# Can two parts share a rate? The table of step 3 is one answer, with each half alone. Now train them together, with another model and another task: film reviews, positive or negative, on MiniLM, small enough for many runs. A LoRA of rank 1 and a prompt of 8 vectors, every pair of rates. The diagonal is *one rate for all*; it is also what you get with the bug above. The score is the loss on **validation** reviews, lower is better. The head is new, and its seed counts: as in chapter 3, it is first trained alone, once for each seed, and every run starts from it. Then it trains on, at a rate of its own, the same in all runs.
 
 # %%
 films = {}
 for split, count in zip(("train", "validation", "test"), mp.pick(smoke=(32, 8, 8), cpu=(1000, 150, 250), gpu=(1600, 400, 600))):
     reviews = [e for e in mp.load_data("sentiment/movies", split) if len(e["text"].split()) <= 12]
     films[split] = random.Random(0).sample(reviews, min(count, len(reviews)))
-FILM_STEPS = mp.pick(smoke=1, cpu=30, gpu=100)
+FILM_STEPS, heads = mp.pick(smoke=1, cpu=30, gpu=100), {}       # heads: seed -> the head that was trained alone
 
-def sentiment(methods: dict, rates: dict, seed: int = 0, judged_on: str = "test") -> dict:
-    """Train these methods together on film reviews; the size, the time, and how good it is on others."""
+def start(seed: int):
+    """MiniLM and its tokenizer, under a head for two classes that was trained alone."""
     torch.manual_seed(seed)
     encoder, words = mp.load_base("minilm-l6", num_labels=2)
+    if seed not in heads:
+        encoder.base_model.requires_grad_(False)
+        mp.fit(encoder, words, films["train"], mp.FitConfig(steps=mp.pick(smoke=1, cpu=50, gpu=100), batch_size=8, lr=1e-2, seed=100 + seed, progress=False))
+        heads[seed] = {name: p.clone() for name, p in encoder.classifier.state_dict().items()}
+        encoder.requires_grad_(True)
+    encoder.classifier.load_state_dict(heads[seed])
+    torch.manual_seed(seed)
+    return encoder, words
+
+# %%
+def sentiment(methods: dict, rates: dict, seed: int = 0, judged_on: str = "test") -> dict:
+    """Train these methods together on film reviews; the size, the time, and how good it is on others."""
+    encoder, words = start(seed)
     for name, method in methods.items():
         mp.attach(encoder, method, name)
     began = time.perf_counter()
-    fit_parts(encoder, words, films["train"], {"head": 1e-2} | rates, FILM_STEPS, seed=seed)
+    if methods:                                                # else it stays as it started, the head alone
+        fit_parts(encoder, words, films["train"], {"head": 1e-2} | rates, FILM_STEPS, seed=seed)
     row = {"trained": sum(map(numbers, mp.adapters(encoder).values())), "s a step": (time.perf_counter() - began) / FILM_STEPS}
     judged = mp.evaluate(encoder, words, films[judged_on])
     return row | {"loss": judged["loss"], "right": judged["accuracy"]}
 
-# %%
-on_qv = {"targets": ("query", "value")}
-grid = mp.pick(smoke=[1e-3, 1e-2], cpu=[1e-3, 1e-2, 1e-1], gpu=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+on_qv, grid = {"targets": ("query", "value")}, mp.pick(smoke=[1e-3, 1e-2], cpu=[1e-3, 1e-2, 1e-1], gpu=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
 trial = {"lora": mp.LoRA(rank=1, alpha=2, **on_qv), "prompt": mp.PromptTuning(8, init="vocab")}
 pairs_of_rates = {(a, b): sentiment(trial, {"lora": a, "prompt": b}, judged_on="validation")["loss"] for a in grid for b in grid}
 finite = {pair: loss for pair, loss in pairs_of_rates.items() if math.isfinite(loss)}
 best_pair, best_shared = min(finite, key=finite.get), min((p for p in finite if p[0] == p[1]), key=finite.get)
-print(f"best pair: LoRA {best_pair[0]:g}, prompt {best_pair[1]:g}, loss {finite[best_pair]:.3f}; best single rate {best_shared[0]:g}, loss {finite[best_shared]:.3f}")
+print(f"the head alone: loss {sentiment({}, {}, judged_on='validation')['loss']:.3f}; best pair: LoRA {best_pair[0]:g}, prompt {best_pair[1]:g}, loss {finite[best_pair]:.3f}; best single rate {best_shared[0]:g}, loss {finite[best_shared]:.3f}")
 lab.heat_map([[finite.get((a, b)) for b in grid] for a in grid], [f"{a:g}" for a in grid], [f"{b:g}" for b in grid],
              row_label="LoRA's rate", column_label="the prompt's rate", form=".3f")
 
 # %% [markdown]
-# Compare with the table of step 3: do the best rates lie the same way? Then read the map in two ways. Down a column: how much LoRA's rate matters. Along a row: how much the prompt's does. Is the best cell on the diagonal, and if not, which part wants the larger rate? Where a whole row looks alike, that part contributes little at any rate, and its own rate is a small question. Then the one rate to choose is the other part's. Does the best cell stand at an edge of the map? Then a better pair may lie outside. It is one seed, so a difference in the third decimal says nothing.
+# First find the cells that have learned something. The print says what the head alone has reached, and a cell close to that has added nothing; one above it has lost something on the way. Then read the map in two ways. Down a column: how much LoRA's rate matters. Along a row: how much the prompt's does. A row without learning looks alike because nothing learned there. Where a row has learned and looks alike, the prompt contributes little, and its rate is a small question. Then the one rate to choose is LoRA's.
+#
+# Is the best cell on the diagonal? If not, how far is it from the best cell that is? It is one seed, so a difference in the third decimal says nothing: then a shared rate did as well here. That does not make it safe elsewhere. Compare with the table of step 3: do the best rates lie the same way? And does the best cell stand at an edge of the map? Then a better pair may lie outside. If that edge is the smallest rate of the prompt, the prompt was best left nearly as it was.
 #
 # ## Is a hybrid better than its parts?
 #
-# A hybrid of two parts has their numbers *together*. If it beats each part alone, it may simply be larger. So give all candidates the same size, the same steps and the same reviews, with more than one seed. Halve the parts: a prompt of 24 with a LoRA of rank 1, against a prompt of 48, and a LoRA of rank 2. Adapters come in steps, so their rows are within a tenth. The rates of prompt and LoRA are those of the grid. The other two have one rate each, of the size that chapters 3 and 4 used, and not swept here. A part keeps its rate in a hybrid. So the comparison leans towards *prompt + LoRA*: its two rates were chosen together, at just this size of LoRA.
+# A hybrid of two parts has their numbers *together*. If it beats each part alone, it may simply be larger. So give all candidates the same size, the same steps and the same reviews, with more than one seed. Halve the parts: a prompt of 24 with a LoRA of rank 1, against a prompt of 48, and a LoRA of rank 2. Adapters come in steps, so their rows are within a tenth. The rates of prompt and LoRA are those of the grid. The other two have one rate each, of the size that chapters 3 and 4 used, and not swept here. A part keeps its rate in a hybrid. So the rates are not equally well chosen. Those of *prompt + LoRA* were chosen together, at just this size of LoRA, but with a shorter prompt. The prompt alone has a rate that was best *beside* a LoRA, which may have done the work there.
 
 # %%
 RATES = {"lora": best_pair[0], "prompt": best_pair[1], "prefix": 1e-1, "adapter": 5e-3}
@@ -565,7 +584,10 @@ for place, (name, found) in enumerate(runs.items()):
     ax.plot([r["right"] for r in found], [place] * len(found), "o", color=colour, alpha=0.5, markersize=6)
     ax.plot(means[name], place, "|", color=colour, markersize=22, markeredgewidth=3)
 ax.axvline(commoner, color=COLOURS["grey"], linestyle="--", linewidth=1.2)
-ax.text(commoner, -0.75, " always the commoner label", fontsize=9, color=COLOURS["grey"], va="center")
+head_alone = statistics.mean(sentiment({}, {}, seed)["right"] for seed in seeds)
+ax.axvline(head_alone, color=COLOURS["grey"], linestyle=":", linewidth=1.2)
+ax.text(commoner, -0.75, "always the commoner label ", fontsize=9, color=COLOURS["grey"], va="center", ha="right")
+ax.text(head_alone, -0.75, " the head alone", fontsize=9, color=COLOURS["grey"], va="center")
 ax.set_yticks(range(len(runs)), runs)
 ax.set(xlabel="right, test reviews (dots: seeds; bars: mean)", ylim=(len(runs) - 0.4, -1.1))
 ax.grid(axis="y", visible=False)
@@ -574,13 +596,15 @@ best_hybrid = max((n for n in means if "+" in n), key=means.get)
 gap = means[best_hybrid] - means[best_part]
 best_kind = "hybrid" if gap > 0 else "part"
 spread = max(statistics.stdev(r["right"] for r in found) for found in runs.values())
-print(f"best part: {best_part}, {means[best_part]:.1%}; best hybrid: {best_hybrid}, {means[best_hybrid]:.1%}: {100 * gap:+.1f} points for the hybrid")
+print(f"the head alone: {head_alone:.1%}; best part: {best_part}, {means[best_part]:.1%}; best hybrid: {best_hybrid}, {means[best_hybrid]:.1%}: {100 * gap:+.1f} points for the hybrid")
 print(f"largest spread over seeds: {100 * spread:.1f} points; error from {len(films['test'])} reviews: about ± {100 * error:.1f}. So the gap is",
       "larger than both" if abs(gap) > max(spread, error) else "no larger than chance would make it")
 figure
 
 # %% [markdown]
-# Look at the dashed line first. A candidate that stands on it has learned nothing yet, and two of that kind cannot be compared. Then say only what the last line of the print allows. (Both *best* ones were picked by their test score, which flatters them: chapter 12 shows by how much.) If the gap is within chance, the honest sentence is: *at this size, on this task, in so few steps, we saw no difference.* A hybrid also costs: two rates to choose, and where a prompt is part of it, longer texts in every layer (see *s a step*).
+# Look at the dotted line first: what the head had reached before any method came. A candidate that stands on it has added nothing yet, and two of that kind cannot be compared. Does the prompt alone stand there? That is no verdict on prompts, with a rate that was not chosen for it. Does *prompt + LoRA* stand there, although its rates were the best of the grid? Then what was best for a shorter prompt did not carry over to this one.
+#
+# Then say only what the last line of the print allows. It is about the best part and the best hybrid. (Both *best* ones were picked by their test score, which flatters them: chapter 12 shows by how much.) If the gap is within chance, the honest sentence is: *at this size, on this task, in so few steps, we saw no difference between these two.* That is not proof that they are equal. A hybrid also costs: two rates to choose, and where a prompt is part of it, longer texts in every layer (see *s a step*).
 #
 # ## The fine-tune: medicines, at equal size
 #
@@ -590,7 +614,7 @@ figure
 # - the **hybrid**, half of each, trained *jointly*
 # - the same hybrid *in stages*: the LoRA for half of the steps, then frozen, and the prompt for the rest. Each stage has a warm-up of its own and begins at the first batch again
 #
-# The rates are the two that step 3 found on validation questions.
+# The rates are the two that step 3 found on validation questions, for the halves. The parts alone have twice the numbers, and no sweep of their own. And all prompts start from the text of a solved card. A LoRA has no such start.
 
 # %%
 CARD_STEPS = mp.pick(smoke=2, cpu=24, gpu=120)
@@ -631,7 +655,11 @@ print(f"one seed, {len(cards['test'])} questions: one question is {100 / len(car
 figure
 
 # %% [markdown]
-# Compare the hybrid with the **better** of its parts, not with the worse one. Where the prompt alone stays behind, half of the hybrid's numbers went to the weaker place. In stages, each part has only half of the steps; what the first one got wrong, the second one can only work around. With few steps, *behind* may also mean *not yet*.
+# Compare the joint hybrid with the **better** of its parts, not with the worse one. Is the gap chance? Put the better part's share $p$ and the number $n$ of questions into $2\sqrt{p(1-p)/n}$, the error of the section before. (Four facts of one question are learned together, so count questions, not facts.) It is one seed on top. A gap within that error is a hint, and no more, even where it is the largest in the plot.
+#
+# Is one part alone far behind? Then half of the hybrid's numbers went to the weaker place. If the hybrid is ahead all the same, that half did something there which more of the better part did not, at these rates. If it is not, you know where the numbers are missing. Then hold this plot against the reviews. Do the two tasks agree on part or hybrid? If not, there is no answer for all tasks, and you have to measure on your own.
+#
+# In stages, each part has only half of the steps; what the first one got wrong, the second one can only work around. With few steps, *behind* may also mean *not yet*.
 #
 # ## The start-up's pair: a frozen LoRA, a prompt on top
 #
@@ -698,7 +726,11 @@ print(f"{SECOND_STEPS} steps each; the first task is asked with the prompt put a
 lab.table([*stages_table, {"way": "the LoRA, before the second task", "first task, facts right": knows["facts"]}])
 
 # %% [markdown]
-# Three rows, three questions. Is the first row better than the second? Then the prompt *used* what the LoRA knows. Both have the same numbers and steps, so size is no excuse. (Are both near zero? Then these steps were too few for the prompt, and the rows say nothing about the LoRA.) Is the third row better still on the new task? It may be: it has many more numbers. But look at the last column: whatever became of the first task there, the frozen LoRA kept it to the bit. That is asserted, not measured: no byte of the LoRA moved.
+# Is the first row better than the second? Then it looks as if the prompt *used* what the LoRA knows. Both have the same numbers, start and steps, and the rate was found without a LoRA. So neither size nor rate explains it. But turn the gap into questions: one or two are chance. And one answer for all questions would be right for every question about one medicine. A first row no better than that has not asked the LoRA. (Are both near zero? Then these steps were too few for the prompt, and the rows say nothing about the LoRA.)
+#
+# The third row is the article's other question: *only more training?* If it is better still on the new task, the combination was not what brings the score. It has many more numbers, so this is no contest at equal size. What the pair has instead stands in the last column. The frozen LoRA kept the first task to the bit. That is asserted, not measured: no byte of the LoRA moved.
+#
+# Read that column of the third row with care. Both tasks ask in the same words, so one set of weights cannot answer both. And an answer of one field has nothing where the card has its facts. A low share means that the LoRA now does the other task. It does not mean that the facts are gone. With the pair, you switch tasks by switching the prompt.
 #
 # ## Merge what can be merged
 #
@@ -798,7 +830,8 @@ except ImportError:
 # The first cell prints this chapter's rows for the cost table of the course, and your predictions beside the measured answers. The second one is the closing quiz. Every wrong answer says why it is wrong. The numbers in it are computed.
 
 # %%
-measured = dict(zip(predicted, (prompt_percent, CARD_RATES["prompt"] / CARD_RATES["lora"], best_kind, 100 * pair_right)))
+verdict = best_kind if abs(gap) > max(spread, error) else f"{best_kind}, within chance"
+measured = dict(zip(predicted, (prompt_percent, CARD_RATES["prompt"] / CARD_RATES["lora"], verdict, 100 * pair_right)))
 pair_row = {"method": "LoRA, frozen, + 16-token prompt", "trained in stage 1": numbers(mp.adapters(model)["lora"]),
             "trained in stage 2": numbers(mp.adapters(model)["prompt"]), "minutes of stage 1": run.seconds / 60,
             "file MB": sum(files.values()) / 1e6, "second task, right": pair_right} | {f"first task, {k}": v for k, v in knows.items()}
@@ -832,11 +865,11 @@ lab.quiz([
     {"question": "You trained a hybrid of LoRA and prompt. It beats the LoRA alone, which has half as many numbers. What have you shown?",
      "right": "that it beats something smaller",
      "choices": {"that hybrids are better": "One of the two is larger. Give the LoRA as many numbers first.",
-                 "that it beats something smaller": "At equal size and equal steps the question is open. The chapter's comparison answers it for one task.",
+                 "that it beats something smaller": "At equal size and equal steps the question is open. The chapter asks it on two tasks.",
                  "that the prompt learnt something": "Perhaps, but even a prompt that does nothing would leave the LoRA to explain the score. Put the prompt aside, and measure."}},
-    {"question": "Adam adapts its steps to each number. Why can one rate for a prompt and a LoRA still be wrong?", "right": "equal steps buy different amounts",
+    {"question": "Adam adapts its steps to each number. Why can one rate for a prompt and a LoRA be wrong all the same?", "right": "equal steps buy different amounts",
      "choices": {"it cannot: Adam evens that out": "It evens out the *size of the gradient*, so that every number moves by about the rate. What such a move does to the loss is another matter.",
-                 "equal steps buy different amounts": f"At the start of step 3, a step of the same rate bought {times:.3g} times as much in the {stronger} as in the {weaker}, with as many numbers. Of the rates tried there, {CARD_RATES['lora']:g} was best for the LoRA and {CARD_RATES['prompt']:g} for the prompt.",
+                 "equal steps buy different amounts": f"At the start of step 3, a step of the same rate bought {times:.3g} times as much in the {stronger} as in the {weaker}, with as many numbers. Of the rates tried there, {CARD_RATES['lora']:g} was best for the LoRA and {CARD_RATES['prompt']:g} for the prompt. One rate *can* be wrong; whether it is, a sweep has to say.",
                  "the larger part takes the smaller one's gradient": "Gradients are not shared out. Clipping is joint, but it scales both parts alike, and Adam divides by that scale again.",
                  "the optimizer can hold only one adapter": "It can hold any parameters, in groups, each with a rate of its own."}},
     {"question": "You built the optimizer, and attached the prompt afterwards. What happens in training?", "right": "the prompt gets gradients and never moves",
@@ -863,7 +896,7 @@ lab.quiz([
 # - Methods in different sockets combine by attaching twice. On one module they act in order.
 # - Two LoRAs add. With an adapter, the order matters, and decides what can be merged.
 # - Frozen is not inactive. Freeze with `requires_grad_(False)`, put aside with `mp.activate`.
-# - Build the optimizer last, and give each part a rate of its own. See that the schedule keeps it.
+# - Build the optimizer last. Sweep the parts' rates before you let them share one. If they differ, see that the schedule keeps them.
 # - Compare a hybrid with its best part, at equal size and equal steps, over seeds. Believe a gap only if it is larger than chance.
 # - A frozen part is safe: the first task stays what it was, to the bit.
 #
