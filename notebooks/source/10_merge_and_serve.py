@@ -219,7 +219,7 @@ lab.table([{"": way, "matrix products": matrix_products(c), "operators": c.total
 # %% [markdown]
 # ### Step 3: a clock that can be trusted
 #
-# A prompt adds few operators: it makes the row longer instead, and that only a clock tells. But a machine's speed changes while you measure, by more than what you look for. So everything takes turns: in each turn every contestant is measured once, in an order drawn anew, and is compared with the base **of the same turn**. Of the ratios you take the median: one turn that something disturbed does not move it.
+# A prompt adds few operators: it makes the row longer instead, and that only a clock tells. But a machine's speed changes while you measure, often by more than what you look for. So everything takes turns: in each turn every contestant is measured once, in an order drawn anew, and is compared with the base **of the same turn**. Of the ratios you take the median: one turn that something disturbed hardly moves it.
 #
 # ### Exercise 2: how much slower · 5 minutes · easy
 
@@ -242,7 +242,9 @@ check.slowdown(slowdown)
 #
 # ### Table 1 of the LoRA paper, on your machine
 #
-# `mp.measure_latency` does what the exercise asks for: random tokens, one row and several, a pass over them and tokens generated behind them. *± ms* is half the distance between the quartiles. *Generate ms* is the time of one new token, with its share of the pass over the prompt.
+# `mp.measure_latency` does what the exercise asks for: random tokens, one row and several, a pass over them and tokens generated behind them. *± ms* is half the distance between the quartiles; with few turns, one disturbed turn can make it large. *Generate ms* is the time of one new token of every row, with its share of the pass over the prompt.
+#
+# One thing you know before you look: a **merged** row runs the base's operators, so its true ratio is 1. What the clock shows there is its error. The figure paints the largest such error grey.
 
 # %%
 latency = mp.measure_latency(
@@ -250,7 +252,7 @@ latency = mp.measure_latency(
     batch_sizes=mp.pick(smoke=(1,), cpu=(1, 8), gpu=(1, 32)),
     tokens=mp.pick(smoke=6, cpu=48, gpu=128),
     new_tokens=mp.pick(smoke=1, cpu=4, gpu=16),
-    repeats=mp.pick(smoke=2, cpu=5, gpu=9),
+    repeats=mp.pick(smoke=2, cpu=7, gpu=9),
 )
 columns = ("model", "batch", "operators", "forward ms", "forward ± ms", "forward / base", "generate ms", "generate / base")
 lab.table([{name: row.get(name) for name in columns} for row in latency])
@@ -268,8 +270,9 @@ ax.set_yticks(range(len(contestants)), contestants)
 ax.invert_yaxis()
 ax.set(xlabel="forward pass: percent longer than the base")
 ax.legend(fontsize=9)
-worst = max(row["forward ± ms"] / row["forward ms"] for row in latency)
-print(f"the spread of one contestant is up to {worst:.0%}: a smaller difference is none")
+noise = max(100 * abs(value - 1) for (name, _), value in ratio.items() if name.endswith(", merged"))
+ax.axvspan(-noise, noise, color=COLOURS["grey"], alpha=0.2, linewidth=0, zorder=0)
+print(f"a merged row belongs at 0; the clock puts one {noise:.1f} % away. A bar no longer than that, inside the grey, says nothing")
 figure
 
 # %%
@@ -281,23 +284,24 @@ compared = [{"": row["model"], "arithmetic, percent more": 100 * row["parameters
 alone, many = (100 * (ratio["adapters, two a block", batch] - 1) for batch in (batches[0], batches[-1]))
 merged_off = 100 * (ratio["LoRA on q and v, merged", 1] - 1)
 print(f"adapters, two a block: {alone:+.1f} % with one row, {many:+.1f} % with {batches[-1]}")
-print(f"LoRA merged: {merged_off:+.1f} %, by a clock whose spread is up to {worst:.0%}; by counting, nothing")
+print(f"LoRA merged: {merged_off:+.1f} %, by the clock; by counting, nothing")
 print("in print: 'rising with the batch size'. Here it", "was not asked: one batch size" if len(batches) == 1
-      else "stays the same within the spread" if abs(many - alone) < 100 * worst else "rises" if many > alone else "falls")
+      else "cannot be told: the two differ by no more than the clock's error" if abs(many - alone) <= noise else "rises" if many > alone else "falls")
 lab.table(compared, caption="one row: what is added, and what it costs")
 
 # %% [markdown]
 # How to read it:
 #
-# - **Merged** rows differ from the base by noise. You know from the count that they must.
-# - Compare the columns of the last table. If time followed arithmetic, the first and the last would agree. Where the time is nearer to the operators, you pay for starting small products and for waiting, whatever their size.
-# - **Batch.** In the paper's Table 1, on a GPU, adapters cost 20 to 30 % with one row of 128 tokens and a few percent with 32 rows of 512: the larger the work between two small products, the less they weigh. An article claims the opposite. The line above the table says what your machine says.
-# - **Prompts and prefixes** cost no waiting but length. A prompt is read through all layers; a prefix only lengthens the attention.
-# - LoRA that is **not** merged is not free. Only the merged one is.
+# - **The noise first.** Merged rows differ from the base by noise alone: the count says so. A second test: LoRA on all linear layers does all that LoRA on q and v does, and more. If the clock puts all linear layers below q and v, that is noise too. If the grey covers nearly all bars, something else ran on the machine: run the cells again when it is idle.
+# - Compare the columns of the last table. If time followed arithmetic, the first and the last would agree. Where the time is nearer to the operators, you pay for starting small products and for waiting, whatever their size. A time inside the noise decides nothing.
+# - **Generate.** Look at *generate / base* in the large table. Most passes there read one new token a row: that is the least work between two small products. Find the noise of this column in its merged rows. Are the unmerged ones beyond it?
+# - **Batch.** In the paper's Table 1, on a GPU, adapters cost 20 to 30 % with one row of 128 tokens and a few percent with 32 rows of 512: the larger the work between two small products, the less they weigh. An article claims the opposite. The line above the table says what your machine says, if it can say anything.
+# - **Prompts and prefixes** add no products to the chain, but length. A prompt is read through all layers: compare its bar with the tokens that it adds to a row. A prefix only lengthens the attention. It adds many operators, but the count has no matrix product among them.
+# - LoRA that is **not** merged is not free: the count shows it, whatever the clock says. Only the merged one is.
 #
 # ## Three skills
 #
-# Now you need adapters that do something. Three small ones on the same base: `cards` answers a question on a medicine in the format of chapter 5, `names` says which medicine a card describes, `mood` says whether a snippet of a film review is good or bad. A few steps each: enough to hear the difference, not to know the facts. This is teaching data, not medical advice.
+# Now you need adapters that do something. Three small ones on the same base: `cards` answers a question on a medicine in the format of chapter 5, `names` says which medicine a card describes, `mood` says whether a snippet of a film review praises or blames. A few steps each: enough to hear the difference. Mind what *held out* means. For `cards` and `names` it is other wordings of questions on the same few medicines, which can be learnt by heart. For `mood` it is snippets that were never seen. This is teaching data, not medical advice.
 
 # %%
 every_name = sorted({e["card"] for e in mp.load_data("drug_cards")})
@@ -341,7 +345,7 @@ for skill, rows in train.items():
 assert fingerprint(model) == at_first                          # the base is as it was, every bit
 
 # %% [markdown]
-# Each line is one skill's run. Now all three go onto the model at once, and you measure every skill with every adapter: the loss on held-out questions, where low is good.
+# Each line is one skill's run: 1 is `cards`, 2 `names`, 3 `mood`. Now all three go onto the model at once, and you measure every skill with every adapter: the loss on held-out questions, where low is good.
 
 # %%
 def losses(model) -> dict[str, float]:
@@ -362,13 +366,15 @@ print(f"one adapter: {trained:,} numbers, {file_bytes / 1e6:.2f} MB on disk; the
 lab.heat_map([list(row.values()) for row in [bare, *own.values()]], ["base", *own], list(held_out), row_label="adapter", column_label="questions for", form=".2f")
 
 # %% [markdown]
-# Read a row: what this adapter does to all three kinds of questions. Below the base's row, the diagonal has what each was trained for. Compare each number with the base's above it.
+# Read a row: what this adapter does to all three kinds of questions. Below the base's row, the diagonal has what each was trained for. Compare each number with the base's above it. Off the diagonal, an adapter may help with another's questions or do harm.
+#
+# Then ask what a loss is worth. It is the mean over the tokens of the answer, and much of what the base lacks is the **format**: one word, or five fields, and then the end. An answer of `mood` has two tokens, the word and the end. Who is sure of the end and tosses a coin for the word has a loss of $\frac12 \ln 2 \approx 0.35$. Is `mood` below it, and by how much? Format takes a few steps, judging a film takes more. Whether answers are also **right**, you see near the end of *Serve*.
 #
 # ## Merge
 #
 # ### Exercise 3: find the bug · 15 minutes · medium
 #
-# A loader of a public project merges a LoRA into a linear layer with one line. A reviewer remarked: if it is called twice, the update is in the weight twice, and nothing says so ([minimind #598](https://github.com/jingyaogong/minimind/pull/598)). Another project's layer adds the update in its forward pass although it is in the weight already ([candle-lora #26](https://github.com/EricLBuehler/candle-lora/issues/26)). The cell shows the line, with a way back by subtracting. There is a second trouble, quieter: look at what a hundred rounds of merging and unmerging leave behind in the base.
+# A loader of a public project merges a LoRA into a linear layer with one line. A reviewer remarked: if it is called twice, the update is in the weight twice, and nothing says so ([minimind #598](https://github.com/jingyaogong/minimind/pull/598)). Another project's layer adds the update in its forward pass although it is in the weight already ([candle-lora #26](https://github.com/EricLBuehler/candle-lora/issues/26)). The cell shows the line, with a way back by subtracting. There is a second trouble, quieter: look at what a hundred rounds of merging and unmerging leave behind in the base. Then make it one round: is it less? And what would the next adapter leave?
 #
 # Write `switch` so that it can be called as often as you like. `layer` has `weight`, `A`, `B`, `s`, and `kept`: the weight as it was before the merge, a copy, while the layer is merged, and `None` otherwise. Add in float32, round once. Unmerged, the weight must be back **to the bit**.
 
@@ -414,7 +420,7 @@ check.merge_switch(switch)
 #
 # ### What a merge changes, in 32, 16 and 4 bits
 #
-# `mp.merge` keeps the originals, as you did. It returns, and warns of, what rounding took: the distance that rounding moved a weight, relative to the distance that the adapter had moved it. Merged and unmerged must agree; how well depends on what the weights are kept in. Each row below is a fresh base; after each, the fingerprint must be back.
+# `mp.merge` keeps the originals, as you did. It returns, and warns of, what rounding took: the distance that rounding moved a weight, relative to the distance that the adapter had moved it. Merged and unmerged must agree; how well depends on what the weights are kept in. So the table also has the largest change of a logit, as a share of the largest logit, and at how many of the question's few places the best token stays the same. Each row below is a fresh base; after each, the fingerprint must be back.
 
 # %%
 def merge_in(kept: str, dtype=torch.float32, quantized: bool = False, requantize: bool = False) -> dict:
@@ -439,7 +445,7 @@ assert merged[0]["largest change of a logit, of the largest"] < 1e-4
 lab.table(merged)
 
 # %% [markdown]
-# In 32 bits nothing is reported: rounding is less than a ten-millionth of the weight. In 16 bits it is one or two thousandths of the **weight**, and the update is small beside the weight too: the column says how they compare. In 4 bits a weight that is rounded again may lose most of the update; [chapter 9](09_qlora.ipynb) looks at it weight by weight. So: merge in the precision that the adapter was trained beside, or a higher one, and compare the logits before you delete anything.
+# In 32 bits nothing is reported: rounding is less than a ten-millionth of the weight. In 16 bits it is one or two thousandths of the **weight**, and the update is small beside the weight too: the column says how they compare. The logits there differ for another reason too: every intermediate value is rounded to 16 bits, on one path as on the other. In 4 bits a weight that is rounded again may lose most of the update; [chapter 9](09_qlora.ipynb) looks at it weight by weight. So: merge in the precision that the adapter was trained beside, or a higher one, and compare the logits before you delete anything.
 #
 # ## Combine
 #
@@ -555,10 +561,11 @@ figure
 # A black line is the skill with its own adapter, a dotted one the bare base. How to read it:
 #
 # - *Gain kept*: of what each skill's own adapter wins over the base, the share that is left, averaged over the skills. Below 0, the combination is on average worse than no adapter.
-# - `cat` with weight 1 holds all three updates whole. That does not make it as good as each alone: the updates disturb each other.
+# - The mean hides much. Look for bars above their dotted line: that skill is worse off than with no adapter, whatever the mean says. And a share of a loss is not a share of right answers. Most of the gain is format, so much of it may be kept where hardly an answer is right: compare the bars of `mood` with the coin of $\frac12 \ln 2$ from above.
+# - `cat` with weight 1 holds all three updates whole. That does not make it as good as each alone: the updates disturb each other. With 1/3 it is the same sum at a third of the size. The difference between these two bars is the effect of size alone.
 # - `svd` at rank 8 throws away two thirds of the directions, at rank 2 eleven of twelve. Compare both with `cat`, weight 1: the difference is what those directions were worth. `mp.reduce_rank` does the same to a single adapter.
 # - `linear` is cheap and is what PEFT calls so. Its product also contains $B_1A_2$, which nobody has trained.
-# - `ties` takes a mean, so its changes are smaller than those of a sum. Weights above 1 are usual; a fair comparison sweeps them for every method. This table does not: it shows one setting each, and is no ranking.
+# - `ties` takes a mean, so its changes are smaller than those of a sum. Before you praise its three steps, compare it with `cat` at 1/3, which is smaller and nothing else. Weights above 1 are usual; a fair comparison sweeps them for every method. This table does not: it shows one setting each, and is no ranking.
 #
 # Three skills with three formats are a hard case. If the rows of a batch can say which skill they want, you need no combination at all.
 #
@@ -705,7 +712,9 @@ mp.activate(model, None)
 lab.table([{"to another skill": name, "ms": ms} for name, ms in switch_ms.items()])
 
 # %% [markdown]
-# How to read it: the two products of LoRA are in all three rows. What *together* adds is the stacking of the factors, and products that are batched instead of large. What it saves is that $W$ is read once for all rows instead of once for each.
+# How to read it: the two products of LoRA are in all three rows. What *together* adds is the stacking of the factors, and products that are batched instead of large. What it saves is that $W$ is read once for all rows instead of once for each. A few percent may be noise, as above: run the cell again and see whether they stay.
+#
+# In the second table the first line only chooses: the stacking comes with the next pass. The second reads a small file. The third writes the weights that the adapter touches, twice, and serves one skill at a time. The last reads a whole base, here a small one that the machine most likely still has in memory. And a merged copy has to be kept for every skill.
 #
 # ### A new version while answers are made
 #
@@ -726,7 +735,7 @@ shelf.load("cards", folders["cards"])
 # %% [markdown]
 # ### The same question, another skill
 #
-# In a live notebook, choose an adapter and type a question; the answer comes from the same base. Elsewhere you see the table: all its answers were made in one mixed batch.
+# In a live notebook, choose an adapter and type a question; the answer comes from the same base. Elsewhere you see the table: all its answers were made in one mixed batch. Read it along the diagonal: has each skill its format? Then compare with the right answers, which stand under *Three skills*: is it also right? Where a cell is empty, the adapter answered without a word.
 
 # %% tags=["figure"]
 class SwitchSkill:
@@ -765,7 +774,7 @@ SwitchSkill([rows[0]["prompt"] for rows in held_out.values()])
 # %% [markdown]
 # ## Save, open elsewhere
 #
-# The folders on disk are PEFT's format. So PEFT opens them, and so does whatever reads PEFT's.
+# The folders on disk are PEFT's format. So PEFT opens them, and so does whatever reads PEFT's. If you see a line on a kernel that failed to load: it comes from bitsandbytes, which PEFT imports, and is about 4-bit products, which nothing is using here.
 
 # %%
 peft_error = None
@@ -785,7 +794,7 @@ for file in sorted(folders["cards"].iterdir()):
     print(f"{file.name:28} {file.stat().st_size / 1e3:10,.1f} kB")
 
 # %% [markdown]
-# [vLLM](https://docs.vllm.ai/en/latest/features/lora.html) serves such folders for many users on a GPU. This is **not run here**:
+# [vLLM](https://docs.vllm.ai/en/latest/features/lora.html) serves such folders for many users on a GPU. This is **not run here**, and the folders above are temporary: save yours under `skills/` first, with `mp.save_adapter`.
 #
 # ```bash
 # vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --enable-lora --max-lora-rank 8 \
@@ -798,6 +807,8 @@ for file in sorted(folders["cards"].iterdir()):
 # `"model"` names the adapter; the base's own name means none. Train beside the base that you will serve. The small model embedded in this course went through a 4-bit format, so its weights are not quite those on the Hub, and an adapter trained beside the one is only nearly right beside the other.
 #
 # ## What it cost, and what you predicted
+#
+# The second number is counted, the third computed from weights. The first and the fourth are times and carry the clock's error; so do both percentages in the last table. *Merged, percent slower* is nothing but error.
 
 # %%
 rounding16 = merged[1]["rounding, percent of the update"]
@@ -829,7 +840,7 @@ lab.quiz([
                  "they have to be loaded from disk in each pass": "They are in memory, like the rest."}},
     {"question": "By which mechanism does LoRA reach no overhead after deployment?", "right": "$W + sBA$ is computed once and stored in $W$'s place",
      "choices": {"$W + sBA$ is computed once and stored in $W$'s place": "Same shape, same operators: you counted them.",
-                 "$A$ and $B$ are too small to be noticed": "Unmerged they are noticed: see the latency table.",
+                 "$A$ and $B$ are too small to be noticed": "Unmerged they are more operators in every pass: you counted them.",
                  "$A$ and $B$ run at the same time as $W$": "$A$ can, $B$ waits for $A$. And both are work.",
                  "the adapter is skipped where it is not needed": "Nothing is skipped."}},
     {"question": "A Llama of 32 blocks, a block with the stages (q, k, v), o, (gate, up), down. Two adapters in a block: how long is the chain of products?",
@@ -844,8 +855,8 @@ lab.quiz([
                  f"{copies:,.0f} GB": "That is a merged copy for each.",
                  f"{2 * eight / 1e9:.1f} GB": "That is the base without any adapter.",
                  f"{100 * 2 * of_one / 1e9:.1f} GB": "That is the adapters without a base."}},
-    {"question": "You merged, and then you unmerge by subtracting. In bfloat16, is the base back?", "right": "nearly: each round leaves a rounding error",
-     "choices": {"nearly: each round leaves a rounding error": "You saw what a hundred rounds leave. Keep the original.",
+    {"question": "You merged, and then you unmerge by subtracting. In bfloat16, is the base back?", "right": "nearly: rounding leaves an error in some weights",
+     "choices": {"nearly: rounding leaves an error in some weights": "You saw what is left after a hundred rounds. Keep the original.",
                  "yes, addition and subtraction cancel": "On paper. In floating point the sum is rounded, and the difference again.",
                  "no, the update stays in it": "Nearly all of it goes.",
                  "only if the rank is small": "Rounding does not ask for the rank."}},
@@ -876,9 +887,9 @@ lab.quiz([
 # ## Recap
 #
 # - An adapter behind a layer lengthens the chain of products. A merged LoRA is another number in the same places: the same operators, counted.
-# - Measure in turns, compare within a turn, take the median. Say the spread.
+# - Measure in turns, compare within a turn, take the median. Time something whose answer you know, such as a merged LoRA: what it shows is the clock's error.
 # - Merge in full precision where you can, say what rounding took, keep the original: then the way back is exact.
-# - Adding updates is easy; they disturb each other. TIES and DARE thin them out first. Measure every skill afterwards.
+# - Adding updates is easy; they disturb each other. TIES and DARE thin them out first. Measure every skill afterwards, one by one.
 # - One base can serve many adapters in one batch: the frozen product once for all rows, the small ones gathered.
 # - Files in PEFT's format open in PEFT and are served by vLLM.
 #
