@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import serve, sockets
+
+SLICES, FEW = 16, 32        # of the output head; rows up to which it is multiplied in slices
+LARGE = 1 << 22             # numbers of a head for which that pays
 
 
 @torch.no_grad()
@@ -66,7 +70,7 @@ def _generate(model, tokenizer, prompts, adapters, max_new_tokens, batch_size, p
         model.eval()
     options = {"do_sample": False, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id} | options
     try:
-        with tqdm(total=len(ids), desc="generate", unit="answer", disable=not progress) as bar:
+        with _head_in_slices(model), tqdm(total=len(ids), desc="generate", unit="answer", disable=not progress) as bar:
             for at in range(0, len(order), batch_size):
                 chunk = order[at:at + batch_size]
                 longest = max(len(ids[i]) for i in chunk)
@@ -87,3 +91,30 @@ def _generate(model, tokenizer, prompts, adapters, max_new_tokens, batch_size, p
         if was_training:
             model.train()
     return answers
+
+
+@contextlib.contextmanager
+def _head_in_slices(model: nn.Module) -> Iterator[None]:
+    """Within it, the output head multiplies a few rows slice by slice, one batched product, on a CPU: as one product
+    the BLAS gives them to one core alone, and of an answer's token that is a third."""
+    head = model.get_output_embeddings()
+    if not (type(head) is nn.Linear and head.bias is None and head.weight.device.type == "cpu" and head.weight.numel() >= LARGE
+            and head.out_features % SLICES == 0 and "forward" not in vars(head)):          # another thread's answer
+        yield
+        return
+    head.forward = partial(_sliced, head)
+    try:
+        yield
+    finally:
+        vars(head).pop("forward", None)
+
+
+def _sliced(head: nn.Linear, x: Tensor) -> Tensor:
+    """x (…, in) -> (…, out)."""
+    rows, W = x.reshape(1, -1, x.shape[-1]), head.weight         # (1, n, in), (out, in)
+    n, out = rows.shape[1], len(W)
+    if not 0 < n <= FEW or x.dtype != W.dtype or torch.is_autocast_enabled("cpu"):
+        return nn.Linear.forward(head, x)
+    slices = W.view(SLICES, out // SLICES, -1).mT                # (S, in, out/S)
+    y = torch.bmm(rows.expand(SLICES, -1, -1), slices)           # (S, n, out/S)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], out)

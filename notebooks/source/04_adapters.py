@@ -62,7 +62,7 @@ predicted = {"percent of BERT-base": None, "lead of adapters, points": None,
 #
 # Four domains, four tasks: film reviews, product reviews, newspaper editorials, tweets, each text positive or negative. In chapter 1 every task needed a model of its own, or one model went from task to task, and you measured what it lost on the way. You want **one** model in memory, frozen, and four small things beside it.
 #
-# First the frozen model. It gets a new head of two classes, and only that is trained.
+# First the frozen model. It gets a new head of two classes, and only that is trained. The row above it in the table, *always the commoner label*, needs no model at all: keep it in mind for every score in this chapter.
 #
 # (Hutto & Gilbert 2014. The texts are opinions of people, and not facts.)
 
@@ -402,9 +402,11 @@ report
 # %% [markdown]
 # ## The fine-tune: four tasks on one model
 #
-# First a rate. Each method gets its own, the one of a few with the lowest loss on held-out film reviews. Full fine-tuning is swept as the adapters are, so that neither has the better-chosen rate.
+# First a rate. Each method gets its own, the one of a few with the lowest loss on held-out film reviews. Full fine-tuning gets a sweep too, on the same texts, and not just any rate. The sweeps are short. If the rate taken is the first or the last that was tried, a better one may lie beyond.
 #
-# Then you go on with the one model from above. It gets an adapter a domain, all from the same numbers, and each learns its task while the others rest: `mp.fit` trains what is active. BitFit, in the sweep below, is explained after it.
+# Such a score says what a method can do in these few steps, and not what it can do at all.
+#
+# Then you go on with the one model from above. It gets an adapter a domain, all from the same numbers, and each learns its task while the others rest: `mp.fit` trains what is active. In the curve, *run 1* to *run 4* are the domains in the order of `DOMAINS`. BitFit, in the sweep below, is explained after it.
 
 # %%
 held_out = short("movies", "validation", mp.pick(smoke=8, cpu=200, gpu=500))
@@ -506,11 +508,11 @@ placements = [{"placement": kind, "trained": count[kind], "films right": statist
 lab.table(placements, f"film reviews: {plan.steps} steps at rate {plan.lr:g}, {len(chosen)} seeds")
 
 # %% [markdown]
-# How to read it. Compare the lead with its ±, and with what one test score is known to. A lead below that is none. Then look at the column *trained*: what does each point cost in numbers? *Spread over seeds* is a standard deviation, taken in each domain that has several seeds and then averaged. In the table of placements, hold a difference against that ± too, and against *lowest* and *highest*: one rate for all is Houlsby's, and another place may want another.
+# How to read it. Compare the lead with its ±, and with what one test score is known to. A lead smaller than these, up or down, shows nothing. Then hold each score against *always the commoner label*. A method that stays at that row has learned next to nothing there, in these steps and at this rate. Then look at the column *trained*: what does each point cost in numbers? *Spread over seeds* is a standard deviation, taken in each domain that has several seeds and then averaged. The ± of the lead takes it for all four domains. In the table of placements, hold a difference against what one test score is known to, and against *lowest* and *highest*. Mind that one rate for all is Houlsby's, and another place may want another.
 #
 # ## Switching
 #
-# The four adapters stand on one model. You switch by a name: the pieces in the blocks and the head change together. What does it cost, and what does each adapter know about the other domains?
+# The four adapters stand on one model. You switch by a name: the pieces in the blocks and the head change together. What does it cost, and what does each adapter know about the other domains? Read the map down a column, for the texts there are the same: whose adapter is best? Along a row you also see which texts are easy.
 
 # %%
 began = time.perf_counter()
@@ -649,7 +651,7 @@ figure
 #
 # *Gradient below* is how long the gradient of the loss is at the embedding, as a multiple of the bare model's. With the skip, $\partial y' / \partial y = I + f'(y)$, with $I$ the identity: however small $f'$ is, the gradient comes through. Without it, $f'(y)$ alone is left, with a small start a product of two small matrices, and what still arrives came past the sub-layers, through the block's own residual.
 #
-# Then look at *after*, and at the curves. *After: loss* is the mean over the last ten training steps. Does a wrong start cost steps? Can training repair it in the steps you gave it? Each variant ran once, so trust large differences only.
+# Then look at *after*, and at the curves. *After: loss* is the mean over the last ten training steps. Does a wrong start cost steps? Can training repair it in the steps you gave it? All variants see the same batches in the same order, so compare curves at the same step. Where several rise together, it is probably the batches that were hard. Each variant ran once, so trust large differences only, and mind what one test score is known to.
 #
 # ### Both matrices zero?
 #
@@ -750,7 +752,7 @@ print(f"on a domain that none of the three has seen: averaged {averaged:.1%}, st
 lab.table([{"left out": d} | by for d, by in combined.items()])
 
 # %% [markdown]
-# How to read it. *One other, mean* is what you get if you pick one of the three blindly; *best* is picked after the test, so nobody could have known it. Is averaging better than picking blindly? Is it worth less than an adapter of its own? Mind the ± from above: these are the same test texts.
+# How to read it. *One other, mean* is what you get if you pick one of the three blindly; *best* is picked after the test, so nobody could have known it. Is averaging better than picking blindly? It need not be: compare row by row, and the mean of that column with the printed line. Is it worth less than an adapter of its own? Mind the ± from above: these are the same test texts.
 #
 # ## AdapterDrop: leave the first blocks alone
 #
@@ -777,7 +779,7 @@ def block_passes(blocks: int, dropped: int, tasks: int) -> int:
 check.block_passes(block_passes)
 
 # %% [markdown]
-# Now measure it: numbers, score, the time of a training step, and the time of four tasks on one batch, with the first $k$ blocks run once. The times are the shortest of several tries, in turn, so that nothing else on the machine decides.
+# Now measure it: numbers, score, the time of a training step, and the time of four tasks on one batch, with the first $k$ blocks run once. The times are the shortest of several tries, in turn, so that little else on the machine decides. Of the score, ask whether it moves by more than its bars. Each was trained once, so a rise within them does not make a method better.
 
 # %%
 @torch.no_grad()
@@ -862,7 +864,7 @@ figure
 # %% [markdown]
 # ## Merge, save, reload
 #
-# An adapter cannot be folded into the weights: with the ReLU inside, no matrix does what it does. So it costs time at every use. LoRA has no ReLU, and that is why it can be merged. You measured that time above. The cell prints it, as *a pass with adapters takes*.
+# An adapter cannot be folded into the weights: with the ReLU inside, no matrix does what it does. So it costs time at every use. LoRA has no ReLU, and that is why it can be merged. You measured that time above, and the cell prints how much longer a pass with adapters takes. On a busy machine a few percent are noise.
 
 # %%
 try:

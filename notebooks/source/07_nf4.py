@@ -112,7 +112,7 @@ print(f"{in_linears:,} of its {everything:,} numbers, {in_linears / everything:.
 # | $s$ | $(\lceil n / 64 \rceil)$ | float32, or a byte |
 # | $\hat x$ | $(n)$ | made when it is needed |
 #
-# Where to put the levels? Where the weights are. Look at some: on the left all numbers of one layer, with the normal distribution of the same spread; on the right the same numbers after the division, with equal steps above, and NF4's 16 levels below.
+# Where to put the levels? Where the weights are. Look at some: on the left all numbers of one layer, with the normal distribution of the same spread; on the right the same numbers after the division, with equal steps above, and NF4's 16 levels below. The two bars at the ends are the largest number of each block.
 
 # %% tags=["figure"]
 from minipeft.lab.plots import COLOURS, new_figure
@@ -385,7 +385,7 @@ check.double_quantize(double_quantize)
 # %% [markdown]
 # ## The same as the package, and as bitsandbytes
 #
-# Here is how `minipeft` makes the levels and how it quantises; from here on the chapter uses the package. bitsandbytes, the library of the paper's authors, carries the 16 levels as a table of decimal numbers. Levels, codes, scales, second scales and decoded values must be equal to the bit.
+# Here is how `minipeft` makes the levels and how it quantises; from here on the chapter uses the package. bitsandbytes, the library of the paper's authors, carries the 16 levels as a table of decimal numbers. Levels, codes, scales, second scales and decoded values must be equal to the bit. (bitsandbytes may say that it could not load a fast kernel of its own. The comparison does without.)
 
 # %%
 print(inspect.getsource(nf4._codebook))
@@ -524,7 +524,7 @@ print(told("int4", "nf4"), told("fp4", "nf4"), told("int4", "fp4"), told("mp.qua
 print(f"the loss rises {rise_ratio:.2f} times as much with equal steps as with NF4; the weights' error is {mean['int4'] / mean['nf4']:.2f} times as large")
 
 # %% [markdown]
-# *More* and *less* mean by more than two standard errors. Four bits are not free: look at the rise of NF4 itself. This is one small model, and tells you nothing of large ones. The paper compares such formats on models of 125 million to 13 billion parameters. With fine-tuning on top, in 4 bits, it finds the scores of 16 bits again.
+# *More* and *less* mean by more than two standard errors. Put the three formats in order by the error of the weights, then by the rise of the loss: is it the same order, and do the printed lines bear out every step of it? Four bits are not free: look at the rise of NF4 itself. This is one small model, and tells you nothing of large ones. The paper compares such formats on models of 125 million to 13 billion parameters. With fine-tuning on top, in 4 bits, it finds the scores of 16 bits again.
 #
 # ## An honest note: these weights have been in four bits before
 #
@@ -569,9 +569,9 @@ lab.table([{"": name} | row for name, row in origin.items()])
 # %% [markdown]
 # A weight that never saw a grid has no two equal numbers in 32, or hardly any. A model named in the line above the table has at most 16, evenly spaced: a comb. Three lessons.
 #
-# - **The comb is not normal.** Whoever fits levels to such a histogram in detail fits another method's leftovers. Look at the excess kurtosis too: 0 would be normal.
+# - **The comb is not normal.** Whoever fits levels to such a histogram in detail fits another method's leftovers. Look at the excess kurtosis too, in all rows: 0 would be normal. It is another matter than the comb: is it larger or smaller in the weight that never saw a grid?
 # - **A test on it can be rigged.** Its own grid gives such a model back with no error to speak of. Only the other rows tell you what that grid does to other weights. Its error there can still be the smallest: it has smaller blocks, a minimum beside the step, and more bits (the line above the table). To compare two methods, take equal bits, weights that saw neither, and the loss.
-# - **For NF4 it matters little.** Its scales come from other blocks, so the combs do not line up. Compare its error on the three rows.
+# - **For NF4 it matters little.** Its scales come from other blocks, so the combs do not line up. Compare its error on the three rows. (They are three different weights, so small differences say nothing of the comb.)
 #
 # With the embedded model, what you measured above is what NF4 adds on top of Q4_1. Its loss before Q4_1 is not known here.
 #
@@ -603,14 +603,14 @@ lab.table([{"in NF4": name} | row for name, row in parts.items()])
 # How to read it:
 #
 # - **Norms.** Next to no memory, so any rise at all is a bad bargain. Each of these numbers multiplies a whole channel.
-# - **Head or embedding.** The head's output is the answer: its rounding errors are in the logits, and no later layer can make up for them. The embedding only begins the work. Compare the two rows. Where they are one tensor, you get both.
-# - **Linear layers of the blocks.** The largest rise, perhaps, but also the most memory. That is where four bits pay.
+# - **Head or embedding.** The head's output is the answer: its rounding errors are in the logits, and no later layer can make up for them. The embedding only begins the work. Compare the two rows, and mind the ±: a rise below twice its ± may be none. Where they are one tensor, you cannot have the cheaper use alone: the row that counts is *both uses*.
+# - **Linear layers of the blocks.** The largest rise, perhaps, but also the most memory. Compare their rise per MB saved with that of *both uses*: that is what decides.
 #
 # `mp.quantize` leaves head, embedding and norms. Other choices are `skip=(…)` and a table like this one.
 #
 # ## Break it
 #
-# **Wrong size.** Blocks of 4,096. **Wrong levels.** The first thought of step 1, without a zero. Compare the columns *error* and *rise*: do they tell the same story? **An outlier.** One weight in a block, made 30 times as large as the largest: the scale belongs to the outlier, and the other 63 share what levels are left.
+# **Wrong size.** Blocks of 4,096. **Wrong levels.** The first thought of step 1, without a zero. Compare the columns *error* and *rise*: do they tell the same story? *Error* is that of the one layer $W$; for *rise*, all linear layers of the blocks went that way, and not all are like $W$. **An outlier.** One weight in a block, made 30 times as large as the largest: the scale belongs to the outlier, and the other 63 share what levels are left.
 
 # %%
 def without_zero(W, levels=first_thought):
@@ -645,7 +645,7 @@ for name, block in (("as it is", calm), ("with an outlier", loud)):
 # %% [markdown]
 # ## Exercise 6: find the bug · 10 minutes · medium
 #
-# A decoder for NF4 with a mistake from public code. The shapes are right, the values have the right size, and nearly all of the correlation with the true weight is there. The cell shows what it costs all the same; *shift* is the mean difference from the true weights, in standard deviations of these. What is wrong? Then write `decode` correctly.
+# A decoder for NF4 with a mistake from public code. The shapes are right, the values have the right size, and nearly all of the correlation with the true weight is there. The cell shows what it costs all the same; *shift* is the mean difference from the true weights, in standard deviations of these. These are of the one layer $W$; for the loss, all linear layers are decoded like that. What is wrong? Then write `decode` correctly.
 
 # %%
 def decode_as_published(packed, scales, levels, block_size, n):
