@@ -28,6 +28,7 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class Serve:
         self.model, self.limit = model, limit
         self.loaded: dict[str, Adapter] = {}                     # never changed, only replaced
         self.asked: dict[str, int] = {}                          # name -> when it was last asked for
-        self.spare: dict[str, tuple[Tensor, Tensor]] = {}        # path -> the last batch's stacks, to be written over
+        self.spare: dict[str, tuple] = {}                        # path -> the last batch's stacks, to be written over
         before = sockets.active_names(model)
         sockets.plug(model, Adapter(HOLDER, self, [("module", path, Open()) for path, module
                                     in anatomy.base_modules(model).items() if anatomy.is_linear(module)]))
@@ -90,7 +91,10 @@ class Serve:
                 + "; accepted on a shelf are LoRA, IA3 and PromptTuning, which can differ from row to row")
         for piece in adapter.by_path.values():
             if isinstance(piece, LowRank):
-                piece.B.data = piece.B.data.T.contiguous().T     # lies in memory as Bᵀ (r, out), as it is stacked
+                A, B = (factor.detach() for factor in piece.factors())
+                piece.never_changes = A, B.T.contiguous()        # A (r, in) and Bᵀ (r, out), as they are stacked
+                if len(A) == len(piece.A):                       # not PiSSA's, of twice the rank
+                    piece.B.data = piece.never_changes[1].T      # not twice in memory
         with _writing:
             table = self.loaded | {name: adapter.requires_grad_(False).eval()}
             self.asked[name] = time.perf_counter_ns()
@@ -242,11 +246,12 @@ class Rows:
         return self.pieces[path]
 
     def give_back(self) -> None:
-        """Leave the memory of the stacks to the next batch: filling fresh memory takes several times as long.
+        """Leave the stacks to the next batch: filling fresh memory takes several times as long, and where the next batch
+        has the same adapter at the same place, there is nothing to fill.
 
         Not where gradients were kept, for a backward pass still reads the stacks. Used again, these rows stack anew.
         """
-        self.spare |= {path: piece.stack[:2] for path, piece in self.pieces.items()
+        self.spare |= {path: (*piece.stack[:2], [weakref.ref(p) for p in piece.groups]) for path, piece in self.pieces.items()
                        if isinstance(piece, Gathered) and piece.stack is not None and not piece.with_gradients}
         self.pieces = {}
 
@@ -273,8 +278,8 @@ class Rows:
 class Gathered:
     """One piece made of the rows' pieces at one module. x (n, …, in), y (n, …, out)."""
 
-    def __init__(self, rows: list[nn.Module | None], spare: tuple[Tensor, Tensor] | None = None):
-        self.n, self.spare, self.with_gradients = len(rows), spare, False
+    def __init__(self, rows: list[nn.Module | None], spare: tuple | None = None):
+        self.n, self.spare, self.with_gradients = len(rows), spare or (None, None, ()), False
         self.inner = _factors([p.l if isinstance(p, RescaleInput) else None for p in rows])
         self.outer = _factors([p.whole() if isinstance(p, RescaleOutput) else None for p in rows])
         groups: dict[LowRank, list[int]] = {}                    # adapter's piece -> its rows, most often one
@@ -311,11 +316,14 @@ class Gathered:
     @torch.no_grad()
     def _gather(self, y: Tensor) -> None:
         """Stack the factors of the adapters, and note which rows are whose."""
-        factors = [piece.factors() for piece in self.groups]
-        r = max(len(A) for A, _ in factors)
-        As, Bts = ([_to_rank(M.to(y.dtype), r) for M in side] for side in zip(*((A, B.T) for A, B in factors), strict=True))
-        self.stack = (_stacked(As, self.spare and self.spare[0]), _stacked(Bts, self.spare and self.spare[1]),
-                      torch.tensor([piece.scale for piece in self.groups], dtype=y.dtype, device=y.device)[:, None, None])
+        factors = [getattr(piece, "never_changes", None) or (piece.factors()[0], piece.factors()[1].T) for piece in self.groups]
+        r, s = max(len(A) for A, _ in factors), [piece.scale for piece in self.groups]
+        *memory, before = self.spare                             # … of these pieces, those that are still alive
+        there = [hasattr(piece, "never_changes") and was() is piece for piece, was in zip(self.groups, before)]
+        there += [False] * (len(factors) - len(there))
+        A, Bt = (_stacked([M if M.dtype == y.dtype and len(M) == r else _to_rank(M.to(y.dtype), r) for M in side], old, there)
+                 for side, old in zip(zip(*factors, strict=True), memory, strict=True))
+        self.stack = A, Bt, torch.tensor(s, dtype=y.dtype, device=y.device)[:, None, None]
         m = max(map(len, self.groups.values()))
         take = [row for rows in self.groups.values() for row in rows + rows[:1] * (m - len(rows))]  # filled up to m
         if take == list(range(self.n)):
@@ -326,13 +334,18 @@ class Gathered:
         self.take, self.rows, self.back = (torch.tensor(t, device=y.device) for t in (take, rows, back))
 
 
-def _stacked(tensors: list[Tensor], memory: Tensor | None) -> Tensor:
-    """torch.stack, into this memory if that fits."""
+def _stacked(tensors: list[Tensor], memory: Tensor | None, there: list[bool]) -> Tensor:
+    """torch.stack, into this memory if that fits; `there` says which of them it holds already."""
     one, shape = tensors[0], (len(tensors), *tensors[0].shape)
     if memory is None or (memory.shape, memory.dtype, memory.device) != (shape, one.dtype, one.device) \
             or memory.is_inference() and not torch.is_inference_mode_enabled():
         return torch.stack(tensors)
-    return torch.stack(tensors, out=memory)
+    if not any(there):
+        return torch.stack(tensors, out=memory)
+    for i, tensor in enumerate(tensors):
+        if not there[i]:
+            memory[i].copy_(tensor)
+    return memory
 
 
 def _to_rank(M: Tensor, r: int) -> Tensor:

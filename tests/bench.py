@@ -432,8 +432,12 @@ def serve_turns(repeats) -> dict:
         names, ids = [str(i) for i in range(SERVED)], torch.randint(5, 1000, (SERVED, 17))
         gathered = serve.Rows(model, [shelf.loaded[name] for name in names])
 
+        turns = itertools.count()
+
         def ours_forward():
-            with shelf.rows(names):
+            """Each turn with other adapters in the rows, so that all of them are stacked."""
+            first = next(turns)
+            with shelf.rows([str((first + i) % LOADED) for i in range(SERVED)]):
                 return model(ids[:, :16]).logits
 
         def decoding(run):

@@ -185,6 +185,34 @@ def test_the_next_batch_is_stacked_in_the_memory_of_the_last_one(way, tmp_path):
     assert places[0] == places[1] and shelf.spare                # of another rank it is other memory
 
 
+def test_of_the_next_batch_only_what_is_new_is_stacked(tmp_path, monkeypatch):
+    model, copied, real = base(), [], torch.Tensor.copy_
+    shelf = shelf_with(model, tmp_path, {f"low{i}": METHODS["low"] for i in range(4)})
+    path, ids = next(iter(shelf.loaded["low0"].by_path)), torch.tensor([[5, 9, 3], [7, 4, 8], [6, 6, 3]])
+
+    def batch(*names):
+        with torch.no_grad(), shelf.rows(names) as rows:
+            copied.clear()
+            monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *a, **k: copied.append(self.shape) or real(self, *a, **k))
+            got = model(ids).logits
+            monkeypatch.undo()
+            stack = rows.get(path).stack
+        for row, name in enumerate(names):
+            piece = shelf.loaded[name].by_path[path]
+            assert torch.equal(stack[0][row], piece.A) and torch.equal(stack[1][row], piece.B.T)
+        return got, len(copied)
+
+    first, _ = batch("low0", "low1", "low2")
+    again, none = batch("low0", "low1", "low2")
+    other, some = batch("low0", "low3", "low2")
+    assert torch.equal(first, again) and torch.equal(other[[0, 2]], first[[0, 2]]) and not torch.equal(other[1], first[1])
+    pieces = sum(isinstance(p, mp.methods.lora.LowRank) for p in shelf.loaded["low0"].by_path.values())
+    assert none == 0 and some == 2 * pieces
+    shelf.load("low0", tmp_path / "low1")                        # another version under the old name
+    swapped, _ = batch("low0", "low3", "low2")
+    assert not torch.equal(swapped[0], other[0]) and torch.equal(swapped[1:], other[1:])
+
+
 def test_what_a_backward_pass_still_reads_is_not_stacked_over(tmp_path):
     model = base()
     shelf = shelf_with(model, tmp_path, {f"low{i}": METHODS["low"] for i in range(4)})
