@@ -73,9 +73,9 @@ def printing_passed():
 # name -> (notebook, words in the reason)
 HOSTILE = {
     "prints that it passed": (printing_passed(), "returned nothing"),
-    "loops for ever": (forward("while True: pass"), "took longer than 1 s"),
+    "loops for ever": (forward("while True: pass"), "took longer than 2 s"),
     "loops for ever in what the answer needs": (
-        with_cells(forward("return x @ W.T * ready"), "ready = 0\nwhile True:\n    ready = 1\n"), "took longer than 1 s"),
+        with_cells(forward("return x @ W.T * ready"), "ready = 0\nwhile True:\n    ready = 1\n"), "took longer than 2 s"),
     "sleeps for ever": (forward("import time\nwhile True: time.sleep(1)"), "took longer than"),
     "asks for all memory at once": (forward("return torch.ones(2**40)"), "alloc"),
     "eats memory bite by bite": (forward("eaten = []\nwhile True: eaten.append(bytearray(2**26))"), "MemoryError"),
@@ -177,7 +177,7 @@ def graded(tmp_path_factory, monkeypatch_module):
     os.mkfifo(folder / "05_fifo.ipynb")
     out = folder / "out"
     monkeypatch_module.setattr(grading, "PATIENCE", 20)  # the tests run beside others
-    assert command.main(["grade", str(folder), "--out", str(out), "--time-limit", "1", "--memory-limit", "500"]) == 0
+    assert command.main(["grade", str(folder), "--out", str(out), "--time-limit", "2", "--memory-limit", "500"]) == 0
     found = {}
     for grade in json.loads((out / "grades.json").read_text()):
         found.setdefault(Path(grade["file"]).stem, {})[grade["exercise"]] = grade

@@ -111,6 +111,9 @@ INLINE F dot64(const std::uint8_t* p, const float* x) {
     return add(a, b);
 }
 
+INLINE void decode64(const std::uint8_t*, F*);      // rows together would need more than the 16 registers there are
+constexpr int TOGETHER = 0;
+
 // Four comparisons find one of 16: the thresholds form a tree, and each answer picks the next threshold,
 // with the cheapest instruction that can: a choice of two, of four, of eight.
 INLINE F above(F v, F threshold) { return _mm256_cmp_ps(v, threshold, _CMP_GT_OQ); }    // all ones, which is -1
@@ -138,7 +141,7 @@ template <class T> INLINE void encode32(const T* x, F reciprocal, std::uint8_t* 
 
 }  // namespace
 
-const Path avx2 = NF4_PATH("avx2");
+const Path avx2 = NF4_PATH("avx2", 1);
 
 }  // namespace nf4
 #endif

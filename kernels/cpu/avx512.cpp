@@ -54,19 +54,25 @@ INLINE void decode32(const std::uint8_t* p, F out[2]) {
     out[0] = look_up(_mm512_srlv_epi32(_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), words), shift));
     out[1] = look_up(_mm512_srlv_epi32(_mm512_permutexvar_epi32(_mm512_setr_epi32(2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3), words), shift));
 }
-// x[k] times element order(k), for 64 elements: without any reordering of codes, so x comes in this order.
+// 64 elements, out[k] being element order(k): without any reordering of codes, so x comes in this order.
 // Lanes i and i+8 hold elements 8i..8i+7 in their 32 bits, the second shifted by one code; round j takes the
 // codes 2j and 2j+1. The two elements of a byte change places, because the earlier one is in the high half.
 constexpr int order(int k) { return 8 * (k % 8) + (k / 8 ^ 1); }
-INLINE F dot64(const std::uint8_t* p, const float* x) {
+INLINE void decode64(const std::uint8_t* p, F out[4]) {
     I words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
     words = _mm512_srlv_epi32(words, _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4));
-    F a = mul(look_up(words), load(x));
-    F b = mul(look_up(_mm512_srli_epi32(words, 8)), load(x + 16));
-    a = fma(look_up(_mm512_srli_epi32(words, 16)), load(x + 32), a);
-    b = fma(look_up(_mm512_srli_epi32(words, 24)), load(x + 48), b);
-    return add(a, b);
+    out[0] = look_up(words);
+    out[1] = look_up(_mm512_srli_epi32(words, 8));
+    out[2] = look_up(_mm512_srli_epi32(words, 16));
+    out[3] = look_up(_mm512_srli_epi32(words, 24));
 }
+INLINE F dot64(const std::uint8_t* p, const float* x) {
+    F w[4];
+    decode64(p, w);
+    F a = mul(w[0], load(x)), b = mul(w[1], load(x + 16));
+    return add(fma(w[2], load(x + 32), a), fma(w[3], load(x + 48), b));
+}
+constexpr int TOGETHER = 8;             // rows of x: with 2 rows of W, 16 of the 32 registers hold sums
 
 // Four comparisons find one of 16: the thresholds form a tree, and each answer picks the next threshold.
 INLINE I deeper(F v, I code, F row) {   // 2 code + (v > row[code])
@@ -93,7 +99,7 @@ template <class T> INLINE void encode32(const T* x, F reciprocal, std::uint8_t* 
 
 }  // namespace
 
-const Path avx512 = NF4_PATH("avx512");
+const Path avx512 = NF4_PATH("avx512", FEW);
 
 }  // namespace nf4
 #endif

@@ -5,7 +5,7 @@
 //     element i = LEVEL[code i] * scale[i / block_size]
 // Double quantisation stores the scales themselves in 8 bits; `Scales` reads either kind.
 //
-// Nothing here knows torch's tensors or threads: bindings.cpp hands out ranges to threads.
+// Nothing here knows torch's tensors or threads: operators.cpp hands out ranges to threads.
 
 #pragma once
 #include <c10/util/BFloat16.h>
@@ -41,6 +41,8 @@ struct Scales {
     }
 };
 
+constexpr std::int64_t FEW = 32;    // rows up to which the product is made here, and not by the BLAS
+
 // One instruction set. T is float, c10::Half or c10::BFloat16.
 template <class T> struct Coder {
     // Blocks first..last-1 of the n elements x. A last block that is not full divides by its scale;
@@ -53,10 +55,11 @@ template <class T> struct Coder {
 };
 struct Path {
     const char* name;
+    std::int64_t shuffled;      // the most rows of x that `product` wants in the order of `shuffle_x`
     Coder<float> f32;
     Coder<c10::Half> f16;
     Coder<c10::BFloat16> bf16;
-    // The order in which `product` wants a single row of x, if columns % block_size == 0 and block_size % 64 == 0.
+    // Puts a row of x into that order, if columns % block_size == 0 and block_size % 64 == 0; else x stays as it is.
     void (*shuffle_x)(const float* x, std::int64_t columns, float* shuffled);
     // y[r, o] = sum over k of x[r, k] * W[o, k], for o in first..last-1. x: (rows, columns), y: (rows, outputs).
     void (*product)(const float* x, std::int64_t rows, std::int64_t columns, const std::uint8_t* packed,

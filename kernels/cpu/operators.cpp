@@ -7,6 +7,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <algorithm>
+#include <atomic>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 #include <vector>
@@ -138,7 +139,6 @@ bool has_bf16_products() {
 #endif
 }
 
-constexpr std::int64_t FEW = 32;            // rows up to which the product is made here, and not by the BLAS
 constexpr std::int64_t PANEL = 1 << 22;     // elements of W that are decoded for one call of the BLAS; with fewer it is slower
 
 // Up to FEW rows: chosen->product, straight from the codes. x is float32 and contiguous.
@@ -146,16 +146,21 @@ void few_rows(const Tensor& x, const Tensor& packed, Scales scales, std::int64_t
     std::int64_t rows = x.size(0), columns = x.size(1), outputs = y.size(1);
     const float* from = x.const_data_ptr<float>();
     std::vector<float> shuffled;
-    if (rows == 1 && chosen->shuffle_x && block_size % 64 == 0 && columns % block_size == 0) {
-        shuffled.resize(columns);
-        chosen->shuffle_x(from, columns, shuffled.data());
+    if (rows <= chosen->shuffled && block_size % 64 == 0 && columns % block_size == 0) {
+        shuffled.resize(rows * columns);
+        for (std::int64_t r = 0; r < rows; ++r) chosen->shuffle_x(from + r * columns, columns, shuffled.data() + r * columns);
         from = shuffled.data();
     }
     auto* codes = packed.const_data_ptr<std::uint8_t>();
     auto* to = y.mutable_data_ptr<float>();
+    // Shares of four outputs and more, taken one after the other: a thread that comes late takes fewer of them.
     std::int64_t fours = (outputs + 3) / 4, grain = std::max<std::int64_t>(1, 2 * FAIR_SHARE / (4 * columns * rows + 1));
-    at::parallel_for(0, fours, grain, [&](auto first, auto last) {
-        chosen->product(from, rows, columns, codes, scales, block_size, to, outputs, 4 * first, std::min(outputs, 4 * last));
+    std::int64_t threads = std::min<std::int64_t>(at::get_num_threads(), (fours + grain - 1) / grain);
+    std::int64_t share = std::max(grain, fours / (8 * threads));
+    std::atomic<std::int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](auto, auto) {
+        for (std::int64_t i; (i = next.fetch_add(share)) < fours;)
+            chosen->product(from, rows, columns, codes, scales, block_size, to, outputs, 4 * i, std::min(outputs, 4 * (i + share)));
     });
 }
 

@@ -44,7 +44,7 @@ void product(const float* x, std::int64_t rows, std::int64_t columns, const std:
 
 }  // namespace
 
-const Path plain = {"plain",
+const Path plain = {"plain", 0,
                     {quantize<float>, dequantize<float>},
                     {quantize<c10::Half>, dequantize<c10::Half>},
                     {quantize<c10::BFloat16>, dequantize<c10::BFloat16>},
