@@ -296,9 +296,11 @@ def kernels_built():
     return kernels, torch.randn(SIDE, SIDE)
 
 
-def in_turns(jobs: dict, repeats: int, rivals: tuple[str, ...] = ()) -> dict[str, list[float]]:
+def in_turns(jobs: dict, repeats: int, rivals: tuple[str, ...] = (), again: bool = False) -> dict[str, list[float]]:
     """Seconds of each job, `repeats` times, the jobs taking turns, after two rounds that warm up. Of `rivals`, of which
-    only the fastest counts, one that takes half as long again as another in the first round is out."""
+    only the fastest counts, one that takes half as long again as another in the first round is out. `again`: each turn
+    is two runs, and the second counts. For jobs of milliseconds: the threads of the job before wait busily for
+    more work, on the cores of this one, whose own threads have gone to sleep meanwhile."""
     jobs, seconds = dict(jobs), {name: [] for name in jobs}
     for repeat in range(repeats + 2):
         if repeat == 1 and rivals:
@@ -307,6 +309,8 @@ def in_turns(jobs: dict, repeats: int, rivals: tuple[str, ...] = ()) -> dict[str
                 del jobs[name], seconds[name]
         names = list(jobs)
         for name in names[repeat % len(names):] + names[:repeat % len(names)]:
+            if again:
+                jobs[name]()
             began = time.perf_counter()
             jobs[name]()
             seconds[name].append(time.perf_counter() - began)
@@ -351,7 +355,7 @@ def product_turns(repeats) -> dict:
         for name, x in shapes:
             full = shapes[3][1] if name.endswith("bf16") else x          # held against float32 in both cases
             jobs = {"ours": lambda: ours(x), "float32": lambda: torch.nn.functional.linear(full, W)}
-            found[name] = in_turns(jobs | {kind: lambda layer=layer: layer(x) for kind, layer in theirs.items()}, repeats)
+            found[name] = in_turns(jobs | {kind: lambda layer=layer: layer(x) for kind, layer in theirs.items()}, repeats, again=True)
     return found
 
 

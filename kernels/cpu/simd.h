@@ -95,7 +95,7 @@ TARGET void together(const float* x, std::int64_t columns, const std::uint8_t* p
         }
         for (int i = 0; i < 64 / W; ++i)
             for (int r = 0; r < R; ++r) {
-                F u = load(x + r * columns + at + i * W);
+                F u = load(x + r * (columns + PAD) + at + i * W);
                 for (int j = 0; j < O; ++j) sums[r][j] = fma(u, w[j][i], sums[r][j]);
             }
     }
@@ -108,10 +108,10 @@ template <int O>
 TARGET void shuffled_rows(const float* x, std::int64_t rows, std::int64_t columns, const std::uint8_t* packed, Scales scales,
                           std::int64_t block_size, float* y, std::int64_t outputs, std::int64_t o) {
     std::int64_t r = 0;
-    for (; r + 8 <= rows; r += 8) together<8, O>(x + r * columns, columns, packed, scales, block_size, y + r * outputs, outputs, o);
-    if (r + 4 <= rows) { together<4, O>(x + r * columns, columns, packed, scales, block_size, y + r * outputs, outputs, o); r += 4; }
-    if (r + 2 <= rows) { together<2, O>(x + r * columns, columns, packed, scales, block_size, y + r * outputs, outputs, o); r += 2; }
-    if (r < rows) together<1, O>(x + r * columns, columns, packed, scales, block_size, y + r * outputs, outputs, o);
+    for (; r + 8 <= rows; r += 8) together<8, O>(x + r * (columns + PAD), columns, packed, scales, block_size, y + r * outputs, outputs, o);
+    if (r + 4 <= rows) { together<4, O>(x + r * (columns + PAD), columns, packed, scales, block_size, y + r * outputs, outputs, o); r += 4; }
+    if (r + 2 <= rows) { together<2, O>(x + r * (columns + PAD), columns, packed, scales, block_size, y + r * outputs, outputs, o); r += 2; }
+    if (r < rows) together<1, O>(x + r * (columns + PAD), columns, packed, scales, block_size, y + r * outputs, outputs, o);
 }
 
 constexpr int W_ROWS = 4;               // rows of W that are decoded together
