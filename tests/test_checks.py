@@ -2332,6 +2332,17 @@ def test_a_mistake_that_is_always_right_breaks_the_check():
     assert "'added to itself' gives the right answer" in frame.broken(list(cases(Draw(0))))
 
 
+def test_numbers_that_happen_to_show_nothing_are_drawn_again():
+    def cases(draw):
+        chance = draw.integer(0, 1)
+        for n in (3, 5, 7):
+            yield Case(given={"n": n * chance}, want=2 * n * chance)
+
+    unlucky = [seed for seed in range(8) if frame.broken(list(cases(Draw(seed))))]
+    assert len(unlucky) > 1 and {Exercise("lucky", 1, cases)(lambda n: 2 * n, seed=seed).status for seed in unlucky} == {"passed"}
+    assert {Exercise("lucky", 1, cases)(lambda n: n + n * n, seed=seed).status for seed in unlucky} == {"failed"}
+
+
 def test_a_check_of_fewer_than_three_cases_is_broken():
     found = Exercise("few", 1, lambda draw: iter([Case(given={"n": 3}, want=6)]))(lambda n: 2 * n)
     assert found.status == "broken" and "at least 3" in found.why

@@ -251,7 +251,8 @@ def average_weights(draw: Draw) -> Iterator[Case]:
     """`fn(states) -> dict`: the mean of several adapters, weight by weight. `states` is a list of dicts name -> tensor."""
     for number, d, m in ((2, 5, 3), (3, 8, 2), (draw.integer(4, 6), draw.integer(4, 9), 1)):
         names = ("0.down.weight", "0.down.bias", "0.up.weight", "0.up.bias")
-        states = [dict(zip(names, _weights(draw, d, m, torch.float32), strict=True)) for _ in range(number)]
+        states = [{n: w + 3 for n, w in zip(names, _weights(draw, d, m, torch.float32), strict=True)}  # no mean is near 0,
+                  for _ in range(number)]                                                              # where rounding shows
         total = {n: torch.stack([s[n].double() for s in states]).sum(0) for n in names}
         yield Case(
             given={"states": states},
