@@ -176,7 +176,7 @@ def graded(tmp_path_factory, monkeypatch_module):
         huge.truncate(2**33)  # takes no room on the disk
     os.mkfifo(folder / "05_fifo.ipynb")
     out = folder / "out"
-    monkeypatch_module.setattr(grading, "PATIENCE", 20)  # the tests run beside others
+    monkeypatch_module.setattr(grading, "PATIENCE", 10)  # the tests run beside others
     assert command.main(["grade", str(folder), "--out", str(out), "--time-limit", "2", "--memory-limit", "500"]) == 0
     found = {}
     for grade in json.loads((out / "grades.json").read_text()):
