@@ -17,9 +17,12 @@ positive from negative texts, in four domains, a model or adapter each. For ever
 
 Each run is a process of its own, so that its memory is its own, and one record, written when it is done:
 data/results/comparison_runs.json. All compute in float32, so that machines with and without 16-bit arithmetic give
-the same. Runs on MiniLM, whose products keep no two cores busy, go side by side, one core each; SmolLM2 has all cores. A record holds for its settings, its budget and the code it ran: `stale` tells
-where the code is another one now (comments and docstrings do not count). Before such a run is measured again, its
-first steps are repeated. Where their losses are the same, the change did not matter, and the record stays.
+the same, and on one core, as many side by side as there are cores and memory: in the time of four runs that have two
+cores each, five are done. Only the latencies are measured alone, with all cores.
+
+A record holds for its settings, its budget and the code it ran: `stale` tells where the code is another one now
+(comments and docstrings do not count). Before such a run is measured again, its first steps are repeated. Where their
+losses are the same, the change did not matter, and the record stays.
 """
 
 from __future__ import annotations
@@ -41,9 +44,11 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -138,10 +143,10 @@ COMMON = ("training", "packing", "sockets", "data")
 INSTRUCTION = "Is the feeling of this text positive or negative? "
 SHOWN = ("ibuprofen", "salbutamol", "warfarin")  # the solved cards of the hard prompt, as in chapter 5
 WIDE = {"full fine-tuning": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3), "LoRA": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
-# Seconds of one run on two cores, until there are measured ones.
+# Seconds of one run on one core, until there are measured ones.
 GUESS = {"cards": {"frozen base": 25, "hard prompt": 40, "BitFit": 5, "prompt tuning": 95, "P-tuning": 95, "prefix tuning": 75,
                    "P-tuning v2": 70, "QLoRA": 90, "LoftQ": 100, "DoRA": 85, "full fine-tuning": 85, "": 70},
-         "sentiment": {"frozen base": 7, "hard prompt": 9, "full fine-tuning": 14, "LoftQ": 17, "": 12},
+         "sentiment": {"frozen base": 12, "hard prompt": 16, "full fine-tuning": 25, "LoftQ": 30, "": 22},
          "latency": {"": 150}}
 
 
@@ -195,8 +200,7 @@ def measure(run: Run, budget: Budget, heads: str, first_only: bool = False) -> d
     from minipeft import profiles
 
     began = time.perf_counter()
-    if run.task == "sentiment":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         settings = contestant(run.method, run.task, run.changes)
         already = profiles.memory_in_use()
@@ -427,14 +431,19 @@ def measure_latency(task: str, budget: Budget) -> dict:
 # ---------------------------------------------------------------------------- what to run
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+ROOM = {"sentiment": 2, "cards": 6}      # GiB for a run
 
 
-def side_by_side(ready: list[Run | str]) -> list[Run | str]:
-    """Of the runs that may be done, those that are done next, at once."""
-    first = ready[0]
-    if isinstance(first, str) or first.task != "sentiment":
-        return [first]
-    return [run for run in ready if isinstance(run, Run) and run.task == "sentiment"][:CORES]
+def slots(task: str) -> int:
+    """How many runs of a task fit side by side."""
+    return max(1, min(CORES, int(psutil.virtual_memory().total / 2**30 / ROOM[task])))
+
+
+def may_start(run: Run | str, doing: list[Run | str]) -> bool:
+    """Whether a run may be started beside those that are being done: latencies are measured alone, tasks do not mix."""
+    if isinstance(run, str) or any(isinstance(other, str) for other in doing):
+        return not doing
+    return all(other.task == run.task for other in doing) and len(doing) < slots(run.task)
 
 
 def next_rate(rate: float, up: bool) -> float:
@@ -449,7 +458,7 @@ class Plan:
 
     def __init__(self, records: dict, budget: Budget, only: set[str] = frozenset()):
         self.budget, self.only = budget, set(only)
-        self.records = {k: r for k, r in records.items() if valid(k, r, budget)}
+        self.records = {k: r for k, r in dict(records).items() if valid(k, r, budget)}   # a copy: runs write theirs meanwhile
 
     def has(self, run: Run) -> dict | None:
         return self.records.get(run.key)
@@ -562,7 +571,7 @@ class Plan:
         return 2 + longer * (statistics.median(took) if took else guess)
 
     def minutes(self) -> float:
-        return sum(self.seconds(run) / len(side_by_side([run] * CORES)) for run, _ in self.missing()) / 60
+        return sum(self.seconds(run) / (1 if isinstance(run, str) else slots(run.task)) for run, _ in self.missing()) / 60
 
 
 def valid(key: str, record: dict, budget: Budget) -> bool:
@@ -755,17 +764,6 @@ class Bench:
         write_records(self.path, self.records)
 
 
-def together(bench: Bench, runs: list[Run | str]):
-    """Do these side by side; of each, when it is done: (key, record, what went wrong, seconds)."""
-    began = time.monotonic()
-    with ThreadPoolExecutor(len(runs)) as pool:
-        doing = {pool.submit(bench.do, run): key_of(run) for run in runs}
-        for done in as_completed(doing):
-            error = done.exception()
-            yield (doing[done], None if error else done.result(), error and f"{type(error).__name__}: {error}",
-                   time.monotonic() - began)
-
-
 def run_of(record: dict) -> Run:
     fields = {k: record[k] for k in ("task", "method", "rate", "seed", "domain", "texts", "order")}
     return Run(**fields, changes=tuple(map(tuple, record["changes"])))
@@ -805,24 +803,29 @@ def main(argv: list[str] | None = None) -> int:
             key = key_of(run)
             print("  there  " if key in plan.records else "  missing" if known else "  waits for its rate", key)
         return 0
-    began, failed = time.monotonic(), {}
-    while (time.monotonic() - began) / 60 < args.minutes:
-        plan = Plan(bench.records, budget, only)
-        ready = [run for run, known in plan.missing() if known and key_of(run) not in failed]
-        if not ready:
-            break
+    began, failed, doing = time.monotonic(), {}, {}                    # doing: future -> (run, when it began)
+    with ThreadPoolExecutor(CORES) as pool:
         try:
-            for key, record, error, took in together(bench, side_by_side(ready)):
-                if error is not None:                            # that run alone is lost; the others go on
-                    failed[key] = error
-                    print(f"FAILED  {key}: {error}", flush=True)
-                    continue
-                left = Plan(bench.records, budget, only)
-                print(f"{time.strftime('%H:%M')}  {key}: {said(record)}, {took:.0f} s; {len(left.missing())} to go, "
-                      f"about {left.minutes():.0f} min", flush=True)
+            while True:
+                busy = [run for run, _ in doing.values()]
+                for run, known in Plan(bench.records, budget, only).missing():
+                    late = (time.monotonic() - began) / 60 >= args.minutes
+                    if known and not late and key_of(run) not in {*failed, *map(key_of, busy)} and may_start(run, busy):
+                        doing[pool.submit(bench.do, run)] = run, time.monotonic()
+                        busy.append(run)
+                if not doing:
+                    break
+                for future in wait(doing, return_when=FIRST_COMPLETED).done:
+                    run, since = doing.pop(future)
+                    if error := future.exception():              # that run alone is lost; the others go on
+                        failed[key_of(run)] = f"{type(error).__name__}: {error}"
+                        print(f"FAILED  {key_of(run)}: {failed[key_of(run)]}", flush=True)
+                        continue
+                    left = Plan(bench.records, budget, only)
+                    print(f"{time.strftime('%H:%M')}  {key_of(run)}: {said(future.result())}, {time.monotonic() - since:.0f} s; "
+                          f"{len(left.missing())} to go, about {left.minutes():.0f} min", flush=True)
         except KeyboardInterrupt:
             print("stopped; the next time it goes on here")
-            break
     write_json(folder / "comparison.json", summarise(bench.records, budget))
     left = Plan(bench.records, budget, only).missing()
     print(f"{len(left)} runs are missing; the tables are in {(folder / 'comparison.json').relative_to(ROOT)}")
