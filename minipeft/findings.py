@@ -1066,8 +1066,8 @@ def hybrids_combine(claimed) -> Finding:
 @finding
 def hybrids_win(claimed) -> Finding:
     """At equal size, the best hybrid over the best single part, in points, beside the error of such a difference."""
-    gap, error = (100 * measured("11_hybrids", "sentiment", key) for key in ("gap", "error"))
-    return Finding(HOLDS if gap > 2 * error else DEPENDS, gap=gap, error=error)
+    gap, spread, error = (100 * measured("11_hybrids", "sentiment", key) for key in ("gap", "spread", "error"))
+    return Finding(HOLDS if gap > max(spread, error) else DEPENDS, gap=gap, error=error)     # as the chapter judges it
 
 
 def _peft(part: str = ""):

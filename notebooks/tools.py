@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("student", "solutions")
 PROFILES = ("smoke", "cpu", "gpu")
 STUB = "...  # your code here"
+QUIZ = "lab.quiz("
 MARKER = re.compile(r"#\s*(begin|end)\s+solutions?\b", re.IGNORECASE)
 CELL = re.compile(r"^# %%")
 HINT = re.compile(r"\s*<details>\s*<summary>\s*Hint", re.IGNORECASE)
@@ -241,7 +242,11 @@ def build_one(course: Course, path: Path, version: str) -> nbformat.NotebookNode
         new = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}.get(cell.cell_type)
         if new is None:
             raise NotebookError(f"{path}: a {cell.cell_type} cell; only code and markdown cells are used")
-        cells.append(new(code, metadata={"tags": tags} if tags else {}))
+        metadata = {"tags": tags} if tags else {}
+        if cell.cell_type == "code" and QUIZ in code:            # it holds the answers: folded in JupyterLab and on Colab
+            code = f"# @title Quiz\n{code}"
+            metadata |= {"jupyter": {"source_hidden": True}, "cellView": "form"}
+        cells.append(new(code, metadata=metadata))
     if waiting:
         cells.append(nbformat.v4.new_markdown_cell(waiting, metadata={"tags": ["folded-solution"]}))
 
@@ -332,7 +337,7 @@ def is_stale(course: Course, path: Path, version: str) -> bool:
         return True
 
     def essence(notebook):
-        cells = [(c.cell_type, c.source, sorted(c.metadata.get("tags", []))) for c in notebook.cells]
+        cells = [(c.cell_type, c.source, sorted(c.metadata.get("tags", [])), c.metadata.get("jupyter")) for c in notebook.cells]
         return cells, notebook.metadata.get("minipeft")
 
     return essence(read(target)) != essence(build_one(course, path, version))
@@ -392,7 +397,7 @@ def _cells_to_object_to(student: nbformat.NotebookNode) -> list[str]:
             problems.append(f"cell {index} is an empty code cell")
         if "setup" in tags and length > LONGEST_SETUP:
             problems.append(f"cell {index}, the set-up cell, has {length} lines of code; at most {LONGEST_SETUP}")
-        exempt = {"setup", "figure", "solution"} & set(tags) or "lab.quiz(" in cell.source  # questions are text
+        exempt = {"setup", "figure", "solution"} & set(tags) or QUIZ in cell.source  # questions are text
         if length > LONGEST_CELL and not exempt:
             problems.append(f"cell {index} has {length} lines of code ({first!r} …); at most {LONGEST_CELL}")
         if "exercise" in tags and not re.search(r"\bcheck", cell.source):

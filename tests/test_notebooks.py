@@ -150,6 +150,19 @@ def test_two_builds_give_the_same_bytes_and_an_inserted_cell_moves_no_other_id(t
     assert [i for i in (c.id for c in cells(first)) if i in before] == before
 
 
+def test_the_source_of_a_quiz_is_folded_for_it_holds_the_answers(tmp_path):
+    course = make(tmp_path, HEADER + '\n# %%\nlab.quiz([])\n\n# %%\nprint("lab.quiz is not called")\n')
+    tools.build(course)
+    quiz, other = cells(course)[-2:]
+    assert quiz.metadata.jupyter.source_hidden and quiz.metadata.cellView == "form" and quiz.source == "# @title Quiz\nlab.quiz([])"
+    assert "jupyter" not in other.metadata and other.source.startswith("print")
+    path = course.built("07_tiny", "student")
+    notebook = tools.read(path)
+    del notebook.cells[-2].metadata["jupyter"]
+    tools.write(notebook, path)
+    assert problems(course).count("stale or missing") == 1
+
+
 def test_outputs_survive_a_rebuild_where_the_cell_is_unchanged(tmp_path):
     course = make(tmp_path, HEADER + "\n# %%\nprint(1)\n\n# %%\nprint(2)\n")
     tools.build(course)

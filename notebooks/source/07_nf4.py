@@ -156,7 +156,7 @@ x = torch.tensor([[3, -6, 2, 0], [0.3, 0.1, -0.3, 0]])
 for name, scales in (("a scale a block", x.abs().amax(1, keepdim=True)), ("one scale", x.abs().max().expand(2, 1))):
     codes = (x[..., None] / scales[..., None] - levels).abs().argmin(-1)
     packed = (codes * torch.tensor([64, 16, 4, 1])).sum(1)
-    print(f"{name}: s {scales.flatten().tolist()}, codes {codes.tolist()}, bytes {packed.tolist()}")
+    print(f"{name}: s {[round(s, 3) for s in scales.flatten().tolist()]}, codes {codes.tolist()}, bytes {packed.tolist()}")
     print("   back:", [[round(value, 3) for value in row] for row in (scales * levels[codes]).tolist()])
 
 # %% [markdown]
