@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,6 +123,17 @@ def test_comments_and_docstrings_do_not_make_figures_stale_and_code_does(records
     assert compare.code_of("LoRA") == before
     lora.write_text(text.replace("self.alpha / ", "2 * self.alpha / "))
     assert compare.code_of("LoRA") != before and compare.code_of("full fine-tuning") == compare.code_of("frozen base")
+
+
+def test_runs_go_side_by_side_as_many_as_fit_and_latencies_alone(monkeypatch):
+    monkeypatch.setattr(compare, "CORES", 4)
+    monkeypatch.setattr(compare.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * 2**30))
+    card, text = compare.Run("cards", "LoRA", 1e-3), compare.Run("sentiment", "LoRA", 1e-3, 0, "movies")
+    assert (compare.slots("cards"), compare.slots("sentiment")) == (2, 4)
+    assert compare.may_start(card, [card]) and not compare.may_start(card, [card, card])
+    assert compare.may_start(text, [text] * 3) and not compare.may_start(text, [text] * 4) and not compare.may_start(text, [card])
+    assert compare.may_start("latency / cards", []) and not compare.may_start("latency / cards", [card])
+    assert not compare.may_start(card, ["latency / cards"])
 
 
 class Bench(compare.Bench):
