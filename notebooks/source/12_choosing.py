@@ -477,6 +477,19 @@ for task in ("cards", "sentiment"):
 lab.sweep_figure("sentiment")
 
 # %% [markdown]
+# Is LoRA missing among those within 5 % on the cards? Then look at how its rate was chosen, before you blame the method. Below are the losses of the sweep, one seed each, and what became of the chosen rate over three seeds. rsLoRA stands beside it: the same two matrices, the same numbers trained, only the scale is $\alpha/\sqrt r$ in place of $\alpha/r$.
+
+# %%
+swept = [{"method": name, **{f"loss at {float(rate):g}": loss for rate, loss in sorted(r["rates"].items(), key=lambda pair: float(pair[0]))},
+          "rate taken": r["rate"], "score": r["score"], "±": r["spread"], "lowest": r["lowest"], "highest": r["highest"]}
+         for name in ("LoRA", "rsLoRA", "full fine-tuning") if (r := contest.rows("cards").get(name)) and "score" in r]
+for r in swept:
+    display(lab.table([r]))
+lab.sweep_figure("cards")
+
+# %% [markdown]
+# Look for two things. First, do two of LoRA's rates tie, while the next one up ends far worse? Then one seed had to choose, and it may have chosen the edge of what is stable: a large ± says so. Second, does rsLoRA get there? Then the two matrices can do it, and what LoRA lacked is a rate between two of its grid, or more steps than these few dozen. A finer grid and a sweep over several seeds would mend it, for more runs: exercise 1 had that choice.
+#
 # Is a soft prompt among those that do not beat the base on the sentiment task? Here is a likely cause. A classifier like BERT reads its answer at the *first* position, and there the prompt stands now. In a few dozen steps it has to learn from nothing what the head reads there. Size may matter as well: Lester et al. find prompt tuning near full fine-tuning only at billions of numbers.
 #
 # ## Five more questions
