@@ -725,8 +725,10 @@ class Bench:
             self.context.set_forkserver_preload(["torch", "transformers", "minipeft.training", "minipeft.generation", "minipeft.bill"])
 
     def alone(self, work, *args):
-        """`work(*args)` in a process of its own."""
-        with ProcessPoolExecutor(1, mp_context=self.context) as pool:
+        """`work(*args)` in a process of its own. One with several threads begins anew: a fork of a process in which
+        OpenMP has had threads waits for them for ever."""
+        context = multiprocessing.get_context("spawn") if work is measure_latency else self.context
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(work, *args).result()
 
     def do(self, run: Run | str) -> dict:
