@@ -400,11 +400,13 @@ def prefix_against_prompt(claimed) -> Finding:
 
 
 @finding
-def facts_in_a_prompt(claimed) -> Finding:
-    """Whether trained vectors at the input can make a small model (135 million) give back facts it does not know."""
-    row = row_of(measured("03_prefixes", "capacity"), kind="prompt")
-    kept, asked = row["facts kept"], row["of"]
-    return Finding(judge(kept < asked / 2), facts_kept=kept, asked=asked, numbers=row["trained"])
+def prompt_changes_a_small_model(claimed) -> Finding:
+    """Whether a trained prompt makes a small model (135 million) do what it did not do: copy the name out of a question."""
+    rows = measured("02_soft_prompts", "main", "rows")
+    before, prompt = row_of(rows, way="frozen"), row_of(rows, way="soft prompt")
+    fact = row_of(measured("03_prefixes", "capacity"), kind="prompt")
+    return Finding(judge(prompt["name, new"] < before["name, new"] + 0.5), before=before["name, new"], after=prompt["name, new"],
+                   numbers=prompt["trained"], facts_kept=fact["facts kept"], asked=fact["of"])
 
 
 @finding
