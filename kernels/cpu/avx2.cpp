@@ -111,28 +111,8 @@ INLINE F dot64(const std::uint8_t* p, const float* x) {
     return add(a, b);
 }
 
-constexpr int GROUP = 64;
-constexpr std::int64_t SHUFFLED = 1;    // rows of x; rows together would need more than the 16 registers there are
-
-// One row of x: decoded values go from the look-up straight into the product, and the scale multiplies
-// the sum of a block once instead of each of its elements.
-TARGET void shuffled_rows(const float* x, std::int64_t, std::int64_t columns, const std::uint8_t* packed, Scales scales,
-                          std::int64_t block_size, float* y, std::int64_t, std::int64_t first, std::int64_t last) {
-    std::int64_t blocks = columns / block_size;
-    for (std::int64_t o = first; o < last; ++o) {
-        const std::uint8_t* w = packed + o * columns / 2;
-        const float* at = x;
-        F total = zero();
-        for (std::int64_t b = 0; b < blocks; ++b) {
-            F part = dot64(w, at);
-            for (std::int64_t k = 64; k < block_size; k += 64) part = add(part, dot64(w + k / 2, at + k));
-            total = fma(part, all(scales[o * blocks + b]), total);
-            w += block_size / 2;
-            at += block_size;
-        }
-        y[o] = sum(total);
-    }
-}
+INLINE void decode64(const std::uint8_t*, F*);      // rows together would need more than the 16 registers there are
+constexpr int TOGETHER = 0;
 
 // Four comparisons find one of 16: the thresholds form a tree, and each answer picks the next threshold,
 // with the cheapest instruction that can: a choice of two, of four, of eight.
@@ -161,7 +141,7 @@ template <class T> INLINE void encode32(const T* x, F reciprocal, std::uint8_t* 
 
 }  // namespace
 
-const Path avx2 = NF4_PATH("avx2");
+const Path avx2 = NF4_PATH("avx2", 1);
 
 }  // namespace nf4
 #endif

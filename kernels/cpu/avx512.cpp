@@ -4,7 +4,6 @@
 #ifdef NF4_X86
 #include <bit>
 #include <immintrin.h>
-#include <vector>
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
@@ -55,99 +54,25 @@ INLINE void decode32(const std::uint8_t* p, F out[2]) {
     out[0] = look_up(_mm512_srlv_epi32(_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), words), shift));
     out[1] = look_up(_mm512_srlv_epi32(_mm512_permutexvar_epi32(_mm512_setr_epi32(2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3), words), shift));
 }
-// 128 elements, without any reordering of codes: lane i holds elements 8i..8i+7 in its 32 bits, and round j looks up the
-// code j of every lane. x comes in that order. The two elements of a byte change places, because the earlier one is in
-// the high half. Lanes 0-7 and lanes 8-15 may be in different blocks; at the end of a row the latter may hold nothing.
-constexpr int GROUP = 128, ROUNDS = 8;
-constexpr std::int64_t SHUFFLED = FEW;  // rows of x
-constexpr int order(int k) { return 8 * (k % 16) + (k / 16 ^ 1); }
-INLINE F round(I words, int j) { return look_up(j ? _mm512_srli_epi32(words, 4 * j) : words); }
-// One load, and what it brings stays in a register: GCC would load anew for each use, and a core has too few loads.
-INLINE I kept(I v) { asm("" : "+v"(v)); return v; }
-INLINE F kept(F v) { asm("" : "+v"(v)); return v; }
-struct Group {
-    I words;
-    F scales;
-};
-template <bool full> INLINE Group group(const std::uint8_t* w, const float* halves) {
-    if (!full) return {_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)w)), _mm512_maskz_broadcastss_ps(0x00ff, _mm_load_ss(halves))};
-    return {kept(_mm512_loadu_si512(w)), _mm512_mask_broadcastss_ps(all(halves[0]), 0xff00, _mm_load_ss(halves + 1))};
+// 64 elements, out[k] being element order(k): without any reordering of codes, so x comes in this order.
+// Lanes i and i+8 hold elements 8i..8i+7 in their 32 bits, the second shifted by one code; round j takes the
+// codes 2j and 2j+1. The two elements of a byte change places, because the earlier one is in the high half.
+constexpr int order(int k) { return 8 * (k % 8) + (k / 8 ^ 1); }
+INLINE void decode64(const std::uint8_t* p, F out[4]) {
+    I words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+    words = _mm512_srlv_epi32(words, _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4));
+    out[0] = look_up(words);
+    out[1] = look_up(_mm512_srli_epi32(words, 8));
+    out[2] = look_up(_mm512_srli_epi32(words, 16));
+    out[3] = look_up(_mm512_srli_epi32(words, 24));
 }
-
-// One row of x with O rows of W: what is decoded goes straight into the product, and the scales multiply the sum of a
-// group once instead of each of its elements.
-template <int O, bool full>
-INLINE void one_row_group(const float* x, std::int64_t columns, std::int64_t at, const std::uint8_t* w, const float* halves, F totals[O]) {
-    Group g[O];
-    F parts[O];
-    for (int j = 0; j < O; ++j) g[j] = group<full>(w + (j * columns + at) / 2, halves + (j * columns + at) / 64);
-    for (int i = 0; i < ROUNDS; ++i) {
-        F u = kept(load(x + at + i * W));
-        for (int j = 0; j < O; ++j) parts[j] = i ? fma(round(g[j].words, i), u, parts[j]) : mul(round(g[j].words, i), u);
-    }
-    for (int j = 0; j < O; ++j) totals[j] = fma(parts[j], g[j].scales, totals[j]);
+INLINE F dot64(const std::uint8_t* p, const float* x) {
+    F w[4];
+    decode64(p, w);
+    F a = mul(w[0], load(x)), b = mul(w[1], load(x + 16));
+    return add(fma(w[2], load(x + 32), a), fma(w[3], load(x + 48), b));
 }
-template <int O>
-TARGET void one_row(const float* x, std::int64_t columns, const std::uint8_t* w, const float* halves, float* y) {
-    F totals[O];
-    for (int j = 0; j < O; ++j) totals[j] = zero();
-    std::int64_t at = 0;
-    for (; at + GROUP <= columns; at += GROUP) one_row_group<O, true>(x, columns, at, w, halves, totals);
-    if (at < columns) one_row_group<O, false>(x, columns, at, w, halves, totals);
-    for (int j = 0; j < O; ++j) y[j] = sum(totals[j]);
-}
-
-// R rows of x with O rows of W: each register of W is decoded once and used by all rows, and the sums stay in registers.
-template <int R, int O, bool full>
-INLINE void several_group(const float* x, std::int64_t columns, std::int64_t at, const std::uint8_t* w, const float* halves, F sums[R][O]) {
-    Group g[O];
-    for (int j = 0; j < O; ++j) g[j] = group<full>(w + (j * columns + at) / 2, halves + (j * columns + at) / 64);
-#pragma GCC unroll 8                // else GCC keeps the loop, and the shift is one by a variable
-    for (int i = 0; i < ROUNDS; ++i) {
-        F v[O];
-        for (int j = 0; j < O; ++j) v[j] = mul(round(g[j].words, i), g[j].scales);
-        for (int r = 0; r < R; ++r) {
-            F u = kept(load(x + r * shuffled_row(columns) + at + i * W));
-            for (int j = 0; j < O; ++j) sums[r][j] = fma(u, v[j], sums[r][j]);
-        }
-    }
-}
-template <int R, int O>
-TARGET void several(const float* x, std::int64_t columns, const std::uint8_t* w, const float* halves, float* y, std::int64_t outputs) {
-    F sums[R][O];
-    for (int r = 0; r < R; ++r)
-        for (int j = 0; j < O; ++j) sums[r][j] = zero();
-    std::int64_t at = 0;
-    for (; at + GROUP <= columns; at += GROUP) several_group<R, O, true>(x, columns, at, w, halves, sums);
-    if (at < columns) several_group<R, O, false>(x, columns, at, w, halves, sums);
-    for (int r = 0; r < R; ++r)
-        for (int j = 0; j < O; ++j) y[r * outputs + j] = sum(sums[r][j]);
-}
-
-template <int O>
-TARGET void all_rows(const float* x, std::int64_t rows, std::int64_t columns, const std::uint8_t* w, const float* halves, float* y,
-                     std::int64_t outputs) {
-    std::int64_t r = 0, next = shuffled_row(columns);
-    for (; r + 8 <= rows; r += 8) several<8, O>(x + r * next, columns, w, halves, y + r * outputs, outputs);
-    if (r + 4 <= rows) { several<4, O>(x + r * next, columns, w, halves, y + r * outputs, outputs); r += 4; }
-    if (r + 2 <= rows) { several<2, O>(x + r * next, columns, w, halves, y + r * outputs, outputs); r += 2; }
-    if (r < rows) one_row<O>(x + r * next, columns, w, halves, y + r * outputs);
-}
-
-TARGET void shuffled_rows(const float* x, std::int64_t rows, std::int64_t columns, const std::uint8_t* packed, Scales scales,
-                          std::int64_t block_size, float* y, std::int64_t outputs, std::int64_t first, std::int64_t last) {
-    std::vector<float> made(2 * columns / 64);          // scales of two rows of W, one for each half of a group
-    for (std::int64_t o = first; o < last; o += 2) {
-        std::int64_t count = last - o < 2 ? 1 : 2, block = o * columns / block_size, in_block = 0;
-        const float* halves = made.data();
-        if (!scales.codes && block_size == 64) halves = scales.absmax + block;
-        else for (std::int64_t half = 0; half < count * columns / 64; ++half) {
-            made[half] = scales[block];
-            if ((in_block += 64) == block_size) { in_block = 0; ++block; }
-        }
-        (count == 2 ? all_rows<2> : all_rows<1>)(x, rows, columns, packed + o * columns / 2, halves, y + o, outputs);
-    }
-}
+constexpr int TOGETHER = 8;             // rows of x: with 2 rows of W, 16 of the 32 registers hold sums
 
 // Four comparisons find one of 16: the thresholds form a tree, and each answer picks the next threshold.
 INLINE I deeper(F v, I code, F row) {   // 2 code + (v > row[code])
@@ -174,7 +99,7 @@ template <class T> INLINE void encode32(const T* x, F reciprocal, std::uint8_t* 
 
 }  // namespace
 
-const Path avx512 = NF4_PATH("avx512");
+const Path avx512 = NF4_PATH("avx512", FEW);
 
 }  // namespace nf4
 #endif

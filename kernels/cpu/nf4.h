@@ -41,9 +41,7 @@ struct Scales {
     }
 };
 
-// Floats from one shuffled row of x to the next: whole groups of 128 and 16 more, since rows at equal distances of 2^n
-// would share few places in a cache.
-constexpr std::int64_t shuffled_row(std::int64_t columns) { return (columns + 127) / 128 * 128 + 16; }
+constexpr std::int64_t PAD = 16;    // floats behind each shuffled row: at equal distances of 2^n they would share few places in a cache
 constexpr std::int64_t FEW = 32;    // rows up to which the product is made here, and not by the BLAS
 
 // One instruction set. T is float, c10::Half or c10::BFloat16.
@@ -64,7 +62,8 @@ struct Path {
     Coder<c10::BFloat16> bf16;
     // Puts a row of x into that order, if columns % block_size == 0 and block_size % 64 == 0; else x stays as it is.
     void (*shuffle_x)(const float* x, std::int64_t columns, float* shuffled);
-    // y[r, o] = sum over k of x[r, k] * W[o, k], for o in first..last-1. x: (rows, columns), y: (rows, outputs).
+    // y[r, o] = sum over k of x[r, k] * W[o, k], for o in first..last-1. x: (rows, columns), y: (rows, outputs). Shuffled
+    // rows of x are columns + PAD apart.
     void (*product)(const float* x, std::int64_t rows, std::int64_t columns, const std::uint8_t* packed,
                     Scales scales, std::int64_t block_size, float* y, std::int64_t outputs,
                     std::int64_t first, std::int64_t last);

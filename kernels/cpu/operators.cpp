@@ -147,9 +147,9 @@ void few_rows(const Tensor& x, const Tensor& packed, Scales scales, std::int64_t
     const float* from = x.const_data_ptr<float>();
     Tensor shuffled;            // where it lies at a multiple of 64 bytes: a load over two cache lines takes twice as long
     if (rows <= chosen->shuffled && block_size % 64 == 0 && columns % block_size == 0) {
-        shuffled = at::empty({rows * shuffled_row(columns)}, x.options());
+        shuffled = at::empty({rows * (columns + PAD)}, x.options());
         auto* into = shuffled.mutable_data_ptr<float>();
-        for (std::int64_t r = 0; r < rows; ++r) chosen->shuffle_x(from + r * columns, columns, into + r * shuffled_row(columns));
+        for (std::int64_t r = 0; r < rows; ++r) chosen->shuffle_x(from + r * columns, columns, into + r * (columns + PAD));
         from = into;
     }
     auto* codes = packed.const_data_ptr<std::uint8_t>();

@@ -52,10 +52,66 @@ TARGET void dequantize(const std::uint8_t* packed, Scales scales, std::int64_t b
     else dequantize_range<T, false>(packed, scales, block_size, out, first, last);
 }
 
-// x in the order in which shuffled_rows meets the elements. Where the last GROUP is not full, zeros fill it.
+// x in the order in which dot64 meets the elements.
 TARGET void shuffle_x(const float* x, std::int64_t columns, float* shuffled) {
-    for (std::int64_t i = 0; i < columns; i += GROUP)
-        for (int k = 0; k < GROUP; ++k) shuffled[i + k] = i + order(k) < columns ? x[i + order(k)] : 0;
+    for (std::int64_t i = 0; i < columns; i += 64)
+        for (int k = 0; k < 64; ++k) shuffled[i + k] = x[i + order(k)];
+}
+
+// One row of x: decoded values go from the permute straight into the product, and the scale multiplies
+// the sum of a block once instead of each of its elements.
+TARGET void one_row(const float* x, std::int64_t columns, const std::uint8_t* packed, Scales scales,
+                    std::int64_t block_size, float* y, std::int64_t first, std::int64_t last) {
+    std::int64_t blocks = columns / block_size;
+    for (std::int64_t o = first; o < last; ++o) {
+        const std::uint8_t* w = packed + o * columns / 2;
+        const float* at = x;
+        F total = zero();
+        for (std::int64_t b = 0; b < blocks; ++b) {
+            F part = dot64(w, at);
+            for (std::int64_t k = 64; k < block_size; k += 64) part = add(part, dot64(w + k / 2, at + k));
+            total = fma(part, all(scales[o * blocks + b]), total);
+            w += block_size / 2;
+            at += block_size;
+        }
+        y[o] = sum(total);
+    }
+}
+
+// R rows of x with O rows of W: each register of W is decoded once and used by all rows, and the sums stay in registers.
+template <int R, int O>
+TARGET void together(const float* x, std::int64_t columns, const std::uint8_t* packed, Scales scales,
+                     std::int64_t block_size, float* y, std::int64_t outputs, std::int64_t o) {
+    F sums[R][O];
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < O; ++j) sums[r][j] = zero();
+    for (std::int64_t at = 0; at < columns; at += 64) {
+        F w[O][64 / W];
+        for (int j = 0; j < O; ++j) {
+            std::int64_t first = (o + j) * columns + at;
+            decode64(packed + first / 2, w[j]);
+            F scale = all(scales[first / block_size]);
+            for (int i = 0; i < 64 / W; ++i) w[j][i] = mul(w[j][i], scale);
+        }
+        for (int i = 0; i < 64 / W; ++i)
+            for (int r = 0; r < R; ++r) {
+                F u = load(x + r * (columns + PAD) + at + i * W);
+                for (int j = 0; j < O; ++j) sums[r][j] = fma(u, w[j][i], sums[r][j]);
+            }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < O; ++j) y[r * outputs + o + j] = sum(sums[r][j]);
+}
+
+// Rows of x in the order of decode64.
+template <int O>
+TARGET void shuffled_rows(const float* x, std::int64_t rows, std::int64_t columns, const std::uint8_t* packed, Scales scales,
+                          std::int64_t block_size, float* y, std::int64_t outputs, std::int64_t o) {
+    std::int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) together<8, O>(x + r * (columns + PAD), columns, packed, scales, block_size, y + r * outputs, outputs, o);
+    if (r + 4 <= rows) { together<4, O>(x + r * (columns + PAD), columns, packed, scales, block_size, y + r * outputs, outputs, o); r += 4; }
+    if (r + 2 <= rows) { together<2, O>(x + r * (columns + PAD), columns, packed, scales, block_size, y + r * outputs, outputs, o); r += 2; }
+    if (r < rows) together<1, O>(x + r * (columns + PAD), columns, packed, scales, block_size, y + r * outputs, outputs, o);
 }
 
 constexpr int W_ROWS = 4;               // rows of W that are decoded together
@@ -111,12 +167,19 @@ TARGET void many_rows(const float* x, std::int64_t rows, std::int64_t columns, c
 TARGET void product(const float* x, std::int64_t rows, std::int64_t columns, const std::uint8_t* packed,
                     Scales scales, std::int64_t block_size, float* y, std::int64_t outputs,
                     std::int64_t first, std::int64_t last) {
-    if (rows <= SHUFFLED && block_size % 64 == 0 && columns % block_size == 0) {   // then x comes shuffled
-        shuffled_rows(x, rows, columns, packed, scales, block_size, y, outputs, first, last);
+    bool whole = block_size % 64 == 0 && columns % block_size == 0;     // then x comes shuffled
+    if (whole && rows == 1) {
+        one_row(x, columns, packed, scales, block_size, y, first, last);
         return;
     }
+    if constexpr (TOGETHER > 0)
+        if (whole) {
+            for (; first + 2 <= last; first += 2) shuffled_rows<2>(x, rows, columns, packed, scales, block_size, y, outputs, first);
+            if (first < last) shuffled_rows<1>(x, rows, columns, packed, scales, block_size, y, outputs, first);
+            return;
+        }
     many_rows(x, rows, columns, packed, scales, block_size, y, outputs, first, last);
 }
 
-#define NF4_PATH(name) {name, SHUFFLED, {quantize<float>, dequantize<float>}, {quantize<c10::Half>, dequantize<c10::Half>}, \
+#define NF4_PATH(name, shuffled) {name, shuffled, {quantize<float>, dequantize<float>}, {quantize<c10::Half>, dequantize<c10::Half>}, \
                         {quantize<c10::BFloat16>, dequantize<c10::BFloat16>}, shuffle_x, product}
