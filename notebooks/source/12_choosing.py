@@ -492,7 +492,7 @@ lab.sweep_figure("cards")
 #
 # Is a soft prompt among those that do not beat the base on the sentiment task? Here is a likely cause. A classifier like BERT reads its answer at the *first* position, and there the prompt stands now. In a few dozen steps it has to learn from nothing what the head reads there. Size may matter as well: Lester et al. find prompt tuning near full fine-tuning only at billions of numbers.
 #
-# And on the cards? There the frozen base scores nothing at all, and a soft prompt next to nothing. Its validation loss falls far all the same, as the sweep shows. But a few dozen steps end before the whole form is right, and only then an answer counts. The figure of lengths below shows that more positions go further in the same steps; chapter 2 gives a prompt what it needs.
+# And on the cards? There the frozen base scores nothing at all, and a soft prompt next to nothing. Its validation loss falls far all the same, as the sweep shows. But a few dozen steps end before the whole form is right, and only then an answer counts. The figure of lengths below shows how far more positions go in the same steps.
 #
 # ## Five more questions
 #
