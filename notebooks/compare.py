@@ -563,7 +563,7 @@ class Plan:
         """How long a run will take: as runs of this task and method took, or a guess."""
         task, method = ("latency", "") if isinstance(run, str) else (run.task, run.method)
         took = [r["wall"] for k, r in self.records.items()
-                if r.get("wall") and (k.startswith("latency") if task == "latency" else (r["task"], r["method"]) == (task, method))]
+                if r.get("wall") and (k.startswith("latency") if task == "latency" else (r.get("task"), r.get("method")) == (task, method))]
         guess = GUESS[task].get(method, GUESS[task][""])
         if self.budget.seeds == 1:
             guess = 8

@@ -179,6 +179,8 @@ def test_only_takes_tasks_methods_and_questions_together(records):
     assert asked("latency", "cards") == ["latency / cards"]
     assert {r.method for r in asked("ranks")} == {"LoRA"} and all(not isinstance(r, str) for r in asked("sentiment", "DoRA"))
     assert compare.Plan({}, BUDGET).minutes() < 240
+    without = {k: r for k, r in records.items() if k.startswith("latency") or r["method"] != "DoRA"}
+    assert 0 < compare.Plan(without, BUDGET).minutes() < 60     # latencies are there already, and are no runs of a method
 
 
 # ---------------------------------------------------------------------------- the tables
