@@ -29,6 +29,8 @@ def generate(model: nn.Module, tokenizer, prompts: Sequence[str], adapters: Sequ
     if isinstance(prompts, str):
         raise TypeError("prompts is one string; accepted is a list of strings")
     prompts = list(prompts)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; accepted is a whole number from 1")
     if adapters is None:
         return _generate(model, tokenizer, prompts, None, max_new_tokens, batch_size, progress, options)
     adapters = list(adapters)
@@ -51,7 +53,8 @@ def generate(model: nn.Module, tokenizer, prompts: Sequence[str], adapters: Sequ
 
 
 def _generate(model, tokenizer, prompts, adapters, max_new_tokens, batch_size, progress, options) -> list[str]:
-    """Rows of similar length go together, padded on the left; the order of the prompts is kept.
+    """Rows of similar length go together, padded on the left, where an encoder reads them on the right, as in training: it
+    may count positions from the first column. The order of the prompts is kept.
 
     adapters  one `Adapter` or None per prompt; without it, what is active acts on all
     """
@@ -74,8 +77,12 @@ def _generate(model, tokenizer, prompts, adapters, max_new_tokens, batch_size, p
             for at in range(0, len(order), batch_size):
                 chunk = order[at:at + batch_size]
                 longest = max(len(ids[i]) for i in chunk)
-                batch = torch.tensor([[pad] * (longest - len(ids[i])) + ids[i] for i in chunk], device=device)
-                seen = torch.tensor([[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in chunk], device=device)
+                padding = {i: [pad] * (longest - len(ids[i])) for i in chunk}
+                right = model.config.is_encoder_decoder
+                batch = torch.tensor([ids[i] + padding[i] if right else padding[i] + ids[i] for i in chunk], device=device)
+                places = torch.arange(longest, device=device)
+                lengths = torch.tensor([[len(ids[i])] for i in chunk], device=device)
+                seen = (places < lengths if right else places >= longest - lengths).long()         # (B, T)
                 rows = None if adapters is None else serve.Rows(model, [adapters[i] for i in chunk])
                 with sockets.instead(model, rows) if rows else contextlib.nullcontext():
                     inputs = rows.inputs(batch, seen) if rows else {"input_ids": batch, "attention_mask": seen}

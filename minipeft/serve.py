@@ -59,6 +59,7 @@ class Serve:
             raise ValueError(f"limit is {limit!r}; accepted is a whole number from 1, or None")
         if shelf_of(model) is not None:
             raise ValueError(f"this {type(model).__name__} has a shelf already; mp.detach(model, {HOLDER!r}) takes it out")
+        sockets.check_new_name(model, HOLDER)
         self.model, self.limit = model, limit
         self.loaded: dict[str, Adapter] = {}                     # never changed, only replaced
         self.asked: dict[str, int] = {}                          # name -> when it was last asked for
@@ -242,8 +243,14 @@ class Rows:
         """The one piece that all rows share, several gathered into one, or None if no row has any here."""
         if path not in self.pieces:
             rows = [adapter.by_path.get(path) if adapter is not None else None for adapter in self.adapters]
-            self.pieces[path] = rows[0] if len(set(rows)) == 1 else Gathered(rows, self.spare.pop(path, None))
+            self.pieces[path] = rows[0] if len(set(rows)) == 1 else Gathered(rows, self.check, self.spare.pop(path, None))
         return self.pieces[path]
+
+    def check(self, rows: int) -> None:
+        """`ValueError` unless a batch of so many rows has as many as there are adapters, or a multiple of it."""
+        if rows % len(self.adapters):
+            raise ValueError(f"the batch has {rows} rows, and adapters are named for {len(self.adapters)}; accepted are as many "
+                             "rows, or a multiple where beams repeat each")
 
     def give_back(self) -> None:
         """Leave the stacks to the next batch: filling fresh memory takes several times as long, and where the next batch
@@ -258,13 +265,25 @@ class Rows:
     def inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """What the model is called with, to read (B, T) ids: themselves, or [padding; P_i; e_i] if a row has a prompt.
 
-        Padding comes first, so that a prompt stands right before its text. The text's columns stay the last T.
+        Padding comes first, so that a prompt stands right before its text, and the text's columns stay the last T. An
+        encoder of an encoder-decoder may count its positions from the first column: there padding comes last.
         """
         self.were_read = True
+        self.check(len(input_ids))
         if not self.prompts:
             return {"input_ids": input_ids, "attention_mask": attention_mask}
         e = sockets.embedding_site(self.model)[1](input_ids)     # (B, T, d)
         longest = max(map(len, self.prompts.values()))
+        if self.model.config.is_encoder_decoder:
+            T, begins = e.shape[1], attention_mask.int().argmax(dim=1).tolist()
+            mask = nn.functional.pad(attention_mask, (0, longest))         # (B, T + P)
+            e = nn.functional.pad(e, (0, 0, 0, longest))                   # (B, T + P, d)
+            for row, P in self.prompts.items():
+                begin, end = begins[row], begins[row] + len(P)
+                e[row, end:T + len(P)], mask[row, end:T + len(P)] = e[row, begin:T].clone(), mask[row, begin:T].clone()
+                e[row, begin:end], mask[row, begin:end] = P.to(e.dtype), 1
+            end = mask.shape[1] - int(mask.any(dim=0).flip(0).int().argmax())  # columns behind it are padding in all rows
+            return {"inputs_embeds": e[:, :end], "attention_mask": mask[:, :end]}
         e = nn.functional.pad(e, (0, 0, longest, 0))             # (B, P + T, d)
         mask = nn.functional.pad(attention_mask, (longest, 0))   # (B, P + T), zeros in front
         for row, P in self.prompts.items():
@@ -278,8 +297,8 @@ class Rows:
 class Gathered:
     """One piece made of the rows' pieces at one module. x (n, …, in), y (n, …, out)."""
 
-    def __init__(self, rows: list[nn.Module | None], spare: tuple | None = None):
-        self.n, self.spare, self.with_gradients = len(rows), spare or (None, None, ()), False
+    def __init__(self, rows: list[nn.Module | None], check, spare: tuple | None = None):
+        self.n, self.check, self.spare, self.with_gradients = len(rows), check, spare or (None, None, ()), False
         self.inner = _factors([p.l if isinstance(p, RescaleInput) else None for p in rows])
         self.outer = _factors([p.whole() if isinstance(p, RescaleOutput) else None for p in rows])
         groups: dict[LowRank, list[int]] = {}                    # adapter's piece -> its rows, most often one
@@ -289,6 +308,7 @@ class Gathered:
         self.groups, self.stack = groups, None
 
     def before(self, x: Tensor) -> Tensor:
+        self.check(len(x))
         return x if self.inner is None else _rescaled(x, self.inner)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -321,7 +341,7 @@ class Gathered:
         *memory, before = self.spare                             # … of these pieces, those that are still alive
         there = [hasattr(piece, "never_changes") and was() is piece for piece, was in zip(self.groups, before)]
         there += [False] * (len(factors) - len(there))
-        A, Bt = (_stacked([M if M.dtype == y.dtype and len(M) == r else _to_rank(M.to(y.dtype), r) for M in side], old, there)
+        A, Bt = (_stacked([M if (M.dtype, M.device) == (y.dtype, y.device) and len(M) == r else _to_rank(M.to(y), r) for M in side], old, there)
                  for side, old in zip(zip(*factors, strict=True), memory, strict=True))
         self.stack = A, Bt, torch.tensor(s, dtype=y.dtype, device=y.device)[:, None, None]
         m = max(map(len, self.groups.values()))
@@ -362,4 +382,4 @@ def _factors(rows: list[Tensor | None]) -> Tensor | None:
 
 def _rescaled(x: Tensor, factors: Tensor) -> Tensor:
     """l_i ∘ x_i in every row. x (n, …, width)."""
-    return (x.reshape(len(factors), -1, x.shape[-1]) * factors).to(x.dtype).view(x.shape)
+    return (x.reshape(len(factors), -1, x.shape[-1]) * factors.to(x.device)).to(x.dtype).view(x.shape)

@@ -61,6 +61,12 @@ def test_small_heads_heads_with_a_bias_and_trained_ones_are_left_alone(large):
     assert len(mp.generate(FAMILIES["llama"](), Bytes(), ["a", "b"], max_new_tokens=2)) == 2
 
 
+@pytest.mark.parametrize("size", [0, -1, True, 2.0])
+def test_a_batch_size_that_is_no_positive_number_is_refused(size):
+    with pytest.raises(ValueError, match="batch_size is .*; accepted is a whole number from 1"):
+        mp.generate(FAMILIES["llama"](), Bytes(), ["a"], batch_size=size)
+
+
 class Bytes:
     """Enough of a tokenizer for a model of 100 tokens."""
 

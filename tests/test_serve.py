@@ -16,6 +16,7 @@ import minipeft as mp
 from minipeft import serve, sockets
 
 from .families import FAMILIES, VOCAB
+from .test_matrix import model_of
 
 SECONDS = float(os.environ.get("MINIPEFT_SERVE_SECONDS", 60))  # of serving and swapping from several threads
 METHODS = {
@@ -454,6 +455,38 @@ def test_errors_name_the_thing_and_what_is_accepted(tmp_path):
         answers(model, ["5 6"], adapters=["french"])
     mp.unmerge(model, "mine")
     assert shelf.names == ("french", "german") and answers(model, ["5 6"], 4, adapters=["french"]) == expected
+
+
+def test_an_adapter_that_is_called_serve_is_not_replaced(tmp_path):
+    model = base()
+    with_random(model, METHODS["low"], "serve")
+    with pytest.raises(ValueError, match="called 'serve' is attached already"):
+        mp.Serve(model)
+    assert mp.adapters(model)["serve"].method == METHODS["low"]
+
+
+@pytest.mark.parametrize("name", ["high", "vectors", "short"])
+def test_a_batch_of_another_size_is_refused(name, tmp_path):
+    model = base()
+    shelf = shelf_with(model, tmp_path, {name: METHODS[name], "low": METHODS["low"]})
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad(), pytest.raises(ValueError, match="the batch has 1 rows, and adapters are named for 2"), shelf.rows([name, "low"]) as rows:
+        model(**rows.inputs(ids, torch.ones_like(ids)))
+    if name != "short":
+        with torch.no_grad(), pytest.raises(ValueError, match="the batch has 3 rows, and adapters are named for 2"), shelf.rows([name, "low"]):
+            model(torch.tensor([[5, 6]] * 3))
+
+
+def test_an_encoder_that_counts_its_positions_reads_every_row_as_alone(tmp_path):
+    model = model_of("bart").double()
+    model.generation_config.eos_token_id = None
+    for seed, name in enumerate(["long", "short", "low"]):
+        with_random(model, METHODS[name], name, seed)
+    mp.activate(model, None)
+    rows, prompts = ["low", "long", None, "short", None], ["5 6", "7 8 9 10 11 12", "13 14 15", "16", "17 18 19 20"]
+    alone = [answers(model, [p], 6, adapters=[name])[0] for name, p in zip(rows, prompts, strict=True)]
+    assert answers(model, prompts, 6, adapters=rows) == alone
+    assert answers(model, prompts, 6) == [answers(model, [p], 6)[0] for p in prompts]
 
 
 def test_a_prompt_that_was_not_put_in_is_told(tmp_path):
