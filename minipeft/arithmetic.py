@@ -52,6 +52,8 @@ def combine(model, weights: dict[str, float], name: str, how: str = "cat", *, ra
     if not 0 < density <= 1:
         raise ValueError(f"density is {density!r}; accepted is a number above 0, up to 1")
     chosen = {of: sockets.the_adapter(model, of) for of in weights}
+    sockets.check_nothing_merged(model)
+    sockets.check_new_name(model, name)
     pieces = {of: _low_rank(adapter) for of, adapter in chosen.items()}
     ranks = {of: next(iter(mine.values())).factors()[0].shape[0] for of, mine in pieces.items()}
     if how == "linear" and len(set(ranks.values())) > 1:

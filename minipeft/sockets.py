@@ -130,8 +130,8 @@ def _drop_own_keys(module, state_dict, prefix, local_metadata):
 
 
 def _forgive_own_keys(module, incompatible):
-    own = f"{HOME}."
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(own)]
+    own = f".{HOME}."                            # in front of it, the model's own place in what it may be a part of
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if own not in f".{k}"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def attach(model: nn.Module, method, name: str = "default") -> Adapter:
     Raises before anything is changed: `ValueError` for a bad name or for targets that the model
     does not have, `TypeError` for something that is not a method.
     """
-    if not hasattr(method, "pieces"):
+    if not hasattr(method, "pieces") or isinstance(method, type):
         raise TypeError(f"method is {method!r}; accepted is a method's settings, such as mp.LoRA()")
     check_new_name(model, name)
     heads = [("module", path, OwnHead(model.get_submodule(path))) for path in own_heads(model)]
@@ -258,8 +258,7 @@ def instead(model: nn.Module, pieces: Mapping[str, nn.Module]) -> Iterator[nn.Mo
     if home is None:
         yield model
         return
-    for name in merged_names(model):
-        raise ValueError(f"adapter {name!r} is merged into the base; unmerge it first")
+    check_nothing_merged(model)
     thread = threading.get_ident()
     before = home.instead.get(thread)
     home.instead[thread] = pieces
@@ -343,6 +342,8 @@ def fold(model: nn.Module, name: str = "default") -> Adapter:
         raise TypeError(f"adapter {name!r} is {adapter.method}, which has no network to fold away "
                         "(PTuning and PrefixTuning with reparameterize=True have)")
     active, order = home.active, list(home._modules)
+    if not any(p.requires_grad for p in adapter.parameters()):
+        folded.requires_grad_(False)                             # frozen beside one that learns
     detach(model, name)
     plug(model, folded)
     home = _home(model)
@@ -478,8 +479,14 @@ def check_new_name(model: nn.Module, name: str) -> None:
     if home is not None and name in home._modules:
         raise ValueError(f"an adapter called {name!r} is attached already; detach it or choose another name "
                          f"(attached: {', '.join(home._modules)})")
-    if hasattr(Adapters, name) or (home is not None and hasattr(home, name)):
+    if hasattr(home if home is not None else Adapters(nn.Module()), name):
         raise ValueError(f"name is {name!r}, which a module uses for itself; choose another")
+
+
+def check_nothing_merged(model: nn.Module) -> None:
+    """`ValueError` where an adapter is merged into the base, which then is not the base."""
+    for name in merged_names(model):
+        raise ValueError(f"adapter {name!r} is merged into the base; unmerge it first")
 
 
 def _check_company(home: Adapters, name: str) -> None:
@@ -524,6 +531,7 @@ def _refold(model, home: Adapters, adapter: Adapter, merged: tuple[str, ...],
             original = home.originals.get(key)
             if original is None:
                 original = module.q if codes else getattr(module, parameter).detach().clone()
+            original = original.to(next(chain(module.parameters(), module.buffers())).device)  # the model may have moved
             before = module.dequantize(original) if codes else original
             W = before.to(torch.promote_types(before.dtype, torch.float32))  # rounded once, when all are folded in
             turned = parameter == "weight" and anatomy.is_transposed(module)
@@ -697,6 +705,9 @@ def _check_attention(module: nn.Module, path: str) -> None:
     if named is None or not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
         raise TypeError(f"{path!r} ({type(module).__name__}) does not look its attention function up "
                         "through transformers' AttentionInterface, so it has no key/value socket")
+    if "flash" in named or "flex" in named:
+        raise TypeError(f"{path!r} computes attention by {named.removeprefix(WRAPPED)!r}, whose mask has no room for a prefix; accepted are "
+                        "'sdpa' and 'eager': load the model with attn_implementation='sdpa'")
 
 
 def _plug_attention(home: Adapters, name: str, model: nn.Module, path: str, piece: nn.Module) -> None:
@@ -844,8 +855,13 @@ def _reader(model: nn.Module) -> nn.Module:
 
 
 def position_limit(model: nn.Module) -> float:
-    """How many positions the model has, infinity where nothing says so."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    """How many positions the model has for tokens, infinity where nothing says so."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return limit - table.padding_idx - 1                 # RoBERTa begins to count behind its padding
+    return limit
 
 
 def check_length(model: nn.Module, length: int) -> None:

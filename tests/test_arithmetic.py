@@ -148,6 +148,20 @@ def test_what_cannot_be_combined_is_refused_and_nothing_changes(wrong, error, sa
     assert list(mp.adapters(model)) == ["a", "b"] and torch.equal(logits_of(model, "llama"), before)
 
 
+@pytest.mark.parametrize("verb", [lambda m: mp.combine(m, {"a": 1.0, "b": 1.0}, "new"), lambda m: mp.average_adapters(m, ["a", "b"], "new")])
+def test_beside_a_merged_adapter_nothing_is_attached(verb):
+    model = FAMILIES["llama"]()
+    method = mp.LoRA(2) if "combine" in verb.__code__.co_names else mp.BottleneckAdapter(4)
+    for name in "ab":
+        mp.attach(model, method, name)
+    mp.attach(model, mp.LoRA(1), "merged into it")
+    mp.activate(model, "merged into it")
+    mp.merge(model, "merged into it")
+    with pytest.raises(ValueError, match="'merged into it' is merged into the base; unmerge it first"):
+        verb(model)
+    assert list(mp.adapters(model)) == ["a", "b", "merged into it"] and model.minipeft.active == ("merged into it",)
+
+
 def test_other_methods_and_own_heads_are_refused():
     model = with_adapters()
     mp.attach(model, mp.DoRA(targets=("q_proj",)), "d")

@@ -477,6 +477,29 @@ def test_a_piece_that_never_runs_is_reported():
     assert adapter.idle() == []
 
 
+def test_a_gradient_of_the_gradient_is_refused_and_not_wrong():
+    model = FAMILIES["llama"]().double()
+    for method in (mp.LoRA(2), mp.DoRA(2)):
+        adapter = random_state(mp.attach(model, method))
+        loss = model(**inputs("llama")).logits.square().mean()
+        gradients = torch.autograd.grad(loss, list(adapter.parameters()), create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            sum(g.square().sum() for g in gradients).backward()
+        mp.detach(model)
+
+
+def test_a_model_with_adapters_loads_its_weights_as_a_part_of_another_too():
+    model = FAMILIES["llama"]()
+    mp.attach(model, mp.LoRA())
+    whole = torch.nn.ModuleDict({"model": model, "other": nn.Linear(2, 2)})
+    weights = whole.state_dict()
+    assert not any("minipeft" in key for key in weights)
+    assert whole.load_state_dict(weights).missing_keys == []
+    del weights["other.bias"]
+    with pytest.raises(RuntimeError, match="other.bias"):
+        whole.load_state_dict(weights)
+
+
 def test_what_cannot_be_attached_is_refused_before_anything_changes():
     model = FAMILIES["llama"]()
     for wrong, error, words in [
@@ -485,6 +508,9 @@ def test_what_cannot_be_attached_is_refused_before_anything_changes():
         (lambda: mp.attach(model, mp.LoRA(), "a.b"), ValueError, "without a dot"),
         (lambda: mp.attach(model, mp.LoRA(), ""), ValueError, "non-empty"),
         (lambda: mp.attach(model, mp.LoRA(), "forward"), ValueError, "a module uses for itself"),
+        *((lambda name=name: mp.attach(model, mp.LoRA(), name), ValueError, f"name is '{name}', which a module uses")
+          for name in ("active", "merged", "plugs", "originals", "training")),
+        (lambda: mp.attach(model, mp.LoRA), TypeError, "accepted is a method's settings"),
         (lambda: mp.detach(model), ValueError, "no adapter is attached"),
     ]:
         with pytest.raises(error, match=words):

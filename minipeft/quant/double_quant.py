@@ -48,6 +48,10 @@ class QuantizedScales:
     absmax: Tensor
     offset: Tensor
 
+    def to(self, device) -> QuantizedScales:
+        """The same on another device."""
+        return QuantizedScales(self.codes.to(device), self.absmax.to(device), self.offset.to(device))
+
 
 def quantize_scales(scales: Tensor) -> QuantizedScales:
     """(blocks,) float32 -> their 8-bit form."""

@@ -2,7 +2,8 @@
 arXiv:2305.14314, §3 and appendix E).
 
 Trained weights are close to normal. A code of 4 bits holds the most of them when its 16 levels are
-equally likely, so they stand at quantiles of N(0, 1): 8 above zero, 7 below, zero itself. In blocks of
+equally likely, so they stand at quantiles of N(0, 1): 8 above zero, 7 below, zero itself. (That is
+the paper's aim; scaling each block by its largest misses it in part: chapter 7, step 2.) In blocks of
 64 consecutive numbers x, each with its largest absolute value as scale,
 
     s = max |x|,    code = the nearest of the 16 levels to x/s,    x ≈ s · level[code]
@@ -19,7 +20,7 @@ Beside it, for comparison: "fp4", a sign, 2 bits of exponent and 1 of fraction; 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,10 @@ class Quantized:
         s = self.scales
         parts = [s] if isinstance(s, Tensor) else [s.codes, s.absmax, s.offset]
         return self.packed.nbytes + sum(part.nbytes for part in parts)
+
+    def to(self, device) -> Quantized:
+        """The same on another device."""
+        return replace(self, packed=self.packed.to(device), scales=self.scales.to(device))
 
     @property
     def bits(self) -> float:
