@@ -142,6 +142,6 @@ def test_dora_takes_the_same_start(tmp_path):
 
 def test_a_rank_above_the_number_of_singular_values_is_refused():
     model = FAMILIES["llama"]()
-    with pytest.raises(ValueError, match=r"rank is 17, but a weight \(16, 32\) has only 16 singular values"):
+    with pytest.raises(ValueError, match=r"rank is 17, but the weight of 'model.layers.0.self_attn.k_proj', \(16, 32\), has only 16 singular values"):
         mp.attach(model, method(rank=17))
     assert not hasattr(model, "minipeft")

@@ -24,11 +24,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .. import anatomy
 from ..quant.nf4 import has_values
 from ..sockets import trainable_like
-from .lora import AddLowRank, LoRA, LowRank, add_low_rank, low_rank_gradients
+from .lora import AddLowRank, LoRA, LowRank, add_low_rank, check_rank, low_rank_gradients
 
 # Passes side by side: the first makes the norm, the others take it. A module cannot keep a lock, which has no copy.
 LOCKS = [threading.Lock() for _ in range(64)]
@@ -44,7 +45,9 @@ class DoRA(LoRA):
 
     def pieces(self, model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         for path in anatomy.match(model, self.targets):
-            yield "module", path, Decomposed(self, model.get_submodule(path))
+            module = model.get_submodule(path)
+            check_rank(self, path, module)
+            yield "module", path, Decomposed(self, module)
 
 
 class Decomposed(LowRank):
@@ -138,6 +141,7 @@ class AddDecomposed(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):                                        # ∂loss/∂y', (…, out)
         kept, c, norm, b, *low_rank = ctx.saved_tensors
         grad_z = torch.addcmul(g, (c - 1).to(g.dtype), g)        # c g

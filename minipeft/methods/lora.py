@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .. import anatomy
 from ..sockets import trainable_like
@@ -82,9 +83,17 @@ class LoRA:
         modules = anatomy.base_modules(model)
         for path in anatomy.match(model, self.targets):
             module = modules[path]
+            check_rank(self, path, module)
             out_features, in_features = anatomy.linear_shape(module)
             W = anatomy.weight_of(module) if self.init == "pissa" else None
             yield "module", path, LowRank(self, out_features, in_features, W, **trainable_like(module))
+
+
+def check_rank(lora: LoRA, path: str, module: nn.Module) -> None:
+    """`ValueError` where the start asks for more singular values than this module's weight has."""
+    shape = anatomy.linear_shape(module)
+    if lora.init == "pissa" and lora.rank > min(shape):
+        raise ValueError(f"rank is {lora.rank}, but the weight of {path!r}, {tuple(shape)}, has only {min(shape)} singular values")
 
 
 class LowRank(nn.Module):
@@ -109,8 +118,6 @@ class LowRank(nn.Module):
     @torch.no_grad()
     def _start_at_principal(self, W: Tensor) -> None:
         r = self.A.shape[0]
-        if r > min(W.shape):
-            raise ValueError(f"rank is {r}, but a weight {tuple(W.shape)} has only {min(W.shape)} singular values")
         U, S, Vt = torch.linalg.svd(W, full_matrices=False)
         root = (S[:r] / self.scale).sqrt()                       # (r,)
         self.A.copy_(root[:, None] * Vt[:r])
@@ -160,6 +167,7 @@ class AddLowRank(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable                         # what it keeps has no history: no gradient of the gradient
     def backward(ctx, grad_y):                                   # ∂loss/∂y', (…, out)
         return grad_y, *low_rank_gradients(ctx.saved_tensors, grad_y, ctx.s, ctx.needs_input_grad[1:4]), None
 

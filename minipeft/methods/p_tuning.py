@@ -3,7 +3,8 @@
     e' = [f(E); e]       E (length, d) and f trained, e (T, d) the embeddings of the text
 
 A soft prompt whose vectors are not trained directly: they come out of a small network f, so that
-they move together. The model is frozen. Two networks, as in Hugging Face PEFT, with h = hidden:
+they move together. As in Hugging Face PEFT they all stand in front and the model is frozen; the paper
+also puts them between the words of a template, and tunes the model as well. Two networks, with h = hidden:
 
     mlp     f(E) = W₃ relu(W₂ relu(W₁ E))            d -> h -> h -> d
     lstm    f(E) = W₂ relu(W₁ LSTM(E))               d -> 2h (two layers, both ways) -> 2h -> d

@@ -31,7 +31,7 @@ class PromptTuning:
 
     length  how many vectors, a positive integer
     init    "random": normal, with the standard deviation of the vocabulary's vectors.
-            "vocab": the vectors of `length` different tokens, drawn at random.
+            "vocab": the vectors of `length` tokens, drawn at random, different ones as long as there are any.
             "text": the vectors of the tokens of `text`
     text    a string of exactly `length` tokens (special tokens are not added), or their ids.
             PEFT repeats or cuts a text that does not fit; `(ids * length)[:length]` does the same
