@@ -56,6 +56,7 @@ from .methods.prompt_tuning import PromptTuning
 from .sockets import Adapter, OwnHead
 
 CONFIG, TENSORS, ENCODER = "adapter_config.json", "adapter_model.safetensors", "adapter_encoder.safetensors"
+NEXT_ENCODER = "adapter_encoder.next.safetensors"  # there while a save is under way, or was cut off
 EMBEDDINGS = "prompt_embeddings"
 PREFIX = "base_model.model."  # PEFT wraps a model twice, and its keys say so
 
@@ -309,19 +310,22 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | Sequen
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as making:
         save_file(tensors, Path(making, TENSORS), metadata)
         Path(making, CONFIG).write_text(text, encoding="utf-8")
-        files = [TENSORS, CONFIG]
-        if folded is not adapter:                # first the network: it says beside which tensors it is of use
-            files.insert(0, ENCODER)
+        moves = [(TENSORS, TENSORS), (CONFIG, CONFIG)]
+        if folded is not adapter:                # the network says beside which tensors it is of use: first beside the old
+            moves = [(ENCODER, NEXT_ENCODER), *moves]  # one, in whose place it comes when the tensors are there
             network = {key: p.detach().cpu().contiguous() for key, p in _network(adapter).items()}
             save_file(network, Path(making, ENCODER), {"format": "pt", "made": metadata["sha256"],
                       "sha256": _digest(network), "settings": json.dumps(asdict(adapter.method))})
-        for file in files:
+        for file, _ in moves:
             with open(Path(making, file), "rb") as written:
                 os.fsync(written.fileno())
-        for file in files:
-            os.replace(Path(making, file), folder / file)
-        if folded is adapter:
-            (folder / ENCODER).unlink(missing_ok=True)
+        for file, place in moves:
+            os.replace(Path(making, file), folder / place)
+    if folded is not adapter:
+        os.replace(folder / NEXT_ENCODER, folder / ENCODER)
+    else:
+        for file in (ENCODER, NEXT_ENCODER):
+            (folder / file).unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -332,7 +336,7 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _format_of(adapter: Adapter) -> Format:
+def format_of(adapter: Adapter) -> Format:
     for entry in FORMATS:
         if type(adapter.method) is entry.method:
             return entry
@@ -342,7 +346,7 @@ def _format_of(adapter: Adapter) -> Format:
 
 def _tensors(adapter: Adapter, config: dict) -> dict[str, Tensor]:
     """Key in the file -> the parameter itself, or what is made of it."""
-    entry, found = _format_of(adapter), _head_tensors(adapter)
+    entry, found = format_of(adapter), _head_tensors(adapter)
     if entry.pack is not None:
         return found | entry.pack(_plain(adapter), config)
     for path, piece in adapter.pieces().items():
@@ -352,7 +356,7 @@ def _tensors(adapter: Adapter, config: dict) -> dict[str, Tensor]:
 
 
 def _head_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    prefix = PREFIX if _format_of(adapter).pack is None else "base_model."  # prompts are not wrapped twice
+    prefix = PREFIX if format_of(adapter).pack is None else "base_model."  # prompts are not wrapped twice
     return {prefix + path + name.removeprefix("copy"): p for path, piece in adapter.pieces().items()
             if isinstance(piece, OwnHead) for name, p in piece.named_parameters()}
 
@@ -378,7 +382,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _config(model: nn.Module, adapter: Adapter) -> dict:
-    entry, pieces = _format_of(adapter), adapter.pieces()
+    entry, pieces = format_of(adapter), adapter.pieces()
     whole = sorted(path for path, piece in pieces.items() if isinstance(piece, OwnHead))
     plugged = {path: piece for path, piece in pieces.items() if path not in whole}
     config = {
@@ -524,30 +528,35 @@ def read(model: nn.Module, config_file: Path, tensors_file: Path, name: str) -> 
         for key, p in parameters.items():
             p.copy_(tensors[key])
     _compare_names(model, config)
-    if entry.pack is not None and (tensors_file.parent / ENCODER).is_file():
-        return _with_network(model, adapter, entry, _inside(tensors_file.parent, ENCODER), _digest(tensors))
+    if entry.pack is not None:
+        for name in (NEXT_ENCODER, ENCODER):     # of a save that was cut off, one or the other belongs to the tensors
+            if (tensors_file.parent / name).is_file():
+                found = _with_network(model, adapter, entry, _inside(tensors_file.parent, name), _digest(tensors))
+                if found is not None:
+                    return found
+        if (tensors_file.parent / ENCODER).is_file():
+            warnings.warn(f"{ENCODER} belongs to other tensors than {TENSORS}; the adapter is loaded without it, folded",
+                          stacklevel=4)
     return adapter
 
 
-def _with_network(model: nn.Module, folded: Adapter, entry: Format, file: Path, made: str) -> Adapter:
-    """The adapter as it was trained, with the network of `file`, if that made these very tensors."""
+def _with_network(model: nn.Module, folded: Adapter, entry: Format, file: Path, made: str) -> Adapter | None:
+    """The adapter as it was trained, with the network of `file`; None if that made other tensors than these."""
     with _opened(file) as opened:
         metadata, tensors = opened.metadata() or {}, {key: opened.get_tensor(key) for key in opened.keys()}
     if metadata.get("made") != made:
-        warnings.warn(f"{ENCODER} belongs to other tensors than {TENSORS}; the adapter is loaded without it, folded",
-                      stacklevel=5)
-        return folded
+        return None
     try:
         method = entry.method(**json.loads(metadata.get("settings", "")))
         heads = [(*site, piece) for site, piece in zip(folded.sites, folded.pieces().values(), strict=True)
                  if isinstance(piece, OwnHead)]
         adapter = Adapter(folded.name, method, [*method.pieces(model), *heads])
     except (ValueError, TypeError) as error:
-        raise ValueError(f"the settings in {ENCODER} cannot be used: {error}") from None
+        raise ValueError(f"the settings in {file.name} cannot be used: {error}") from None
     parameters = _network(adapter)
     if metadata.get("sha256") != _digest(tensors) or \
             {k: p.shape for k, p in parameters.items()} != {k: t.shape for k, t in tensors.items()}:
-        raise ValueError(f"{ENCODER} is corrupted, or its tensors are not those of {method}")
+        raise ValueError(f"{file.name} is corrupted, or its tensors are not those of {method}")
     with torch.no_grad():
         for key, p in parameters.items():
             p.copy_(tensors[key])

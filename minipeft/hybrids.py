@@ -27,7 +27,7 @@ from pathlib import Path
 from torch import nn
 
 from . import checkpoint, sockets
-from .checkpoint import CONFIG, ENCODER, TENSORS
+from .checkpoint import CONFIG, ENCODER, NEXT_ENCODER, TENSORS
 
 MANIFEST = "hybrid.json"
 
@@ -140,7 +140,7 @@ def _remove(folder: Path, parts: list[dict]) -> None:
     """The parts' own files, and their folders where nothing else lies in them."""
     for part in parts:
         place = folder / part["folder"]
-        for name in (CONFIG, TENSORS, ENCODER):
+        for name in (CONFIG, TENSORS, ENCODER, NEXT_ENCODER):
             (place / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             place.rmdir()

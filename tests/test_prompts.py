@@ -368,6 +368,60 @@ def test_saved_and_loaded_it_is_the_same_with_the_network_and_without(family, me
     assert "target_modules" not in config and "fan_in_fan_out" not in config
 
 
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_an_interrupted_save_leaves_a_network_with_its_own_tensors(stop, tmp_path, monkeypatch):
+    def outputs(model):
+        return {path: piece.folded().K.detach().clone() for path, piece in mp.adapters(model)["default"].pieces().items()}
+
+    model, calls, real = attached("llama", "prefix"), [], os.replace
+    mp.save_adapter(model, tmp_path)
+    old = outputs(model)
+    mp.detach(model)
+    model = attached("llama", "prefix")                          # other numbers, and other settings in the config
+    random_state(mp.adapters(model)["default"], seed=4)
+    new = outputs(model)
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        if stop <= 4:
+            with pytest.raises(KeyboardInterrupt):
+                mp.save_adapter(model, tmp_path)
+        else:
+            mp.save_adapter(model, tmp_path)
+    fresh = FAMILIES["llama"]().double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter = mp.load_adapter(fresh, tmp_path)
+    assert adapter.method == METHODS["prefix"]
+    found, wanted = outputs(fresh), old if stop <= 2 else new
+    assert all(torch.equal(found[path], wanted[path]) for path in wanted)
+    mp.save_adapter(model, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_encoder.safetensors", "adapter_model.safetensors"]
+
+
+def test_folding_a_frozen_adapter_leaves_it_frozen():
+    model = attached("llama", "prefix")
+    mp.adapters(model)["default"].requires_grad_(False)
+    assert not any(p.requires_grad for p in mp.fold(model).parameters())
+    model = attached("llama", "prefix")
+    assert all(p.requires_grad for p in mp.fold(model).parameters())
+
+
+def test_attention_whose_mask_has_no_room_for_a_prefix_is_refused():
+    for implementation in ("flash_attention_2", "flex_attention"):
+        model = FAMILIES["llama"]()
+        model.config._attn_implementation = implementation
+        with pytest.raises(TypeError, match=f"'{implementation}', whose mask has no room.*'sdpa' and 'eager'"):
+            mp.attach(model, mp.PrefixTuning(3, reparameterize=False))
+        assert not hasattr(model, "minipeft")
+
+
 def test_a_network_of_other_tensors_is_left_out_and_a_damaged_one_refused(tmp_path):
     model = attached("llama", "prefix")
     mp.save_adapter(model, tmp_path)
