@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -177,11 +178,16 @@ def encode(model: nn.Module, tokenizer, data: Sequence[dict]) -> list[Row]:
     if kinds == {True}:
         texts = tokenizer([e["text"] for e in data])["input_ids"]
         labels = model.config.num_labels
+        if not sockets.own_heads(model):
+            raise ValueError(f"the data has labels, and {type(model).__name__} no head for classes; load it with num_labels")
         for i, e in enumerate(data):
-            if not 0 <= e["label"] < labels:
+            if not isinstance(e["label"], Integral) or not 0 <= e["label"] < labels:
                 raise ValueError(f"example {i} has the label {e['label']}; this model has {labels}, from 0")
         rows = [Row(ids, label=int(e["label"])) for ids, e in zip(texts, data, strict=True)]
     else:
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"the data has prompts and completions, and {type(model).__name__} no head that predicts tokens; "
+                             "accepted there are text and label")
         prompts = tokenizer([e["prompt"] for e in data])["input_ids"]
         answers = tokenizer([e["completion"] for e in data], add_special_tokens=False)["input_ids"]
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -382,6 +388,9 @@ def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: i
     "accuracy", "targets"}, one target an example.
     """
     rows = encode(model, tokenizer, data)
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens!r}; accepted is a whole number from 1")
+    _precision(model, precision)
     was_training = model.training
     model.eval()
     loss, right, targets = 0.0, 0, 0
@@ -404,6 +413,8 @@ def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: i
 
 def _precision(model: nn.Module, wanted: str) -> str:
     base = next(iter(sockets.base_parameters(model).values()))
+    if wanted not in PRECISIONS:
+        raise ValueError(f"precision is {wanted!r}; accepted are {', '.join(map(repr, PRECISIONS))}")
     if base.dtype == torch.float64:
         return "fp32"  # float64 stays float64: no autocast
     return profiles.precision(base.device) if wanted == "auto" else wanted
@@ -455,12 +466,14 @@ def fit(model: nn.Module, tokenizer, data: Sequence[dict], config: FitConfig = F
     optimizer = _optimizer(weights, config)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     run = Run(config, steps, _fingerprint(config, steps, rows, weights), model, weights, optimizer, scaler)
+    run.check_formats()
     start = run.restore() if config.resume else run.begin()
     if config.gradient_checkpointing:
         _recompute_activations(model, True)
 
     from tqdm.auto import tqdm
-    history, began, stopped_early = run.history, time.perf_counter(), False
+    history, began = run.history, time.perf_counter()
+    stopped_early = bool(config.patience) and run.worse >= config.patience     # a run that ended so, taken up again
     profiles.reset_peak_memory(device)
     bar = tqdm(total=steps, initial=start, desc="fit", unit="step", disable=not config.progress)
     devices = [device] if device.type == "cuda" else []
@@ -468,7 +481,7 @@ def fit(model: nn.Module, tokenizer, data: Sequence[dict], config: FitConfig = F
     try:
         with torch.random.fork_rng(devices), _interrupt_between_steps() as interrupted, bar, \
                 _passes_of(model, rows, weights, config, precision) as lanes:
-            for step in range(start, steps):
+            for step in range(start, start if stopped_early else steps):
                 entry = _step(model, rows, weights, optimizer, scaler, tokenizer, config, precision, step, steps, lanes)
                 if step == start:
                     _refuse_idle(model, weights)
@@ -688,6 +701,15 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("step-" + "[0-9]" * 8)) if self.folder and self.folder.is_dir() else []
 
+    def adapters(self) -> set[str]:
+        return {n.split(".")[1] for n in self.weights if n.startswith(sockets.HOME + ".")}
+
+    def check_formats(self) -> None:
+        """`TypeError`, before any step, for an adapter that no checkpoint can hold."""
+        from . import checkpoint
+        for name in self.adapters() if self.folder is not None else ():
+            checkpoint.format_of(sockets.the_adapter(self.model, name))
+
     def begin(self) -> int:
         if self.folder is not None:
             if self.checkpoints():
@@ -715,7 +737,7 @@ class Run:
         save_file(moments, making / "optimizer.safetensors")
         if self.best is not None:
             save_file(self.best, making / "best.safetensors")
-        for name in {n.split(".")[1] for n in self.weights if n.startswith(sockets.HOME + ".")}:
+        for name in self.adapters():
             checkpoint.save_adapter(self.model, making / "adapters" / name, name)
         state = {"step": done, "fingerprint": self.fingerprint, "best_loss": self.best_loss, "worse": self.worse,
                  "scaler": self.scaler.state_dict(), "history": self.history}
@@ -745,7 +767,7 @@ class Run:
             p.copy_(weights[name])
             own = {key.partition(" ")[0]: value for key, value in moments.items() if key.partition(" ")[2] == name}
             step = own.pop("step")                             # bitsandbytes counts with a plain number
-            self.optimizer.state[p] = {"step": step if self.config.optimizer == "adamw" else step.item()} | {
+            self.optimizer.state[p] = {"step": step.to(p.device) if self.config.optimizer == "adamw" else step.item()} | {
                 key: value.to(p.device) for key, value in own.items()}
         if (newest / "best.safetensors").exists():
             self.best = load_file(newest / "best.safetensors", device=str(next(iter(self.weights.values())).device))

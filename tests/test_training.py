@@ -578,3 +578,63 @@ def test_an_8_bit_optimizer_trains_and_its_run_is_resumed(tmp_path, monkeypatch)
     again = with_lora(llama(torch.float32))
     mp.fit(again, TOKENIZER, DATA, config(folder=tmp_path / "half", resume=True, **settings))
     assert same(weights(whole), weights(again)) and not same(weights(whole), weights(with_lora(llama(torch.float32))))
+
+
+# --- what does not fit together ----------------------------------------------------------------
+
+@pytest.mark.parametrize("options,words", [
+    ({"precision": "float32"}, "precision is 'float32'; accepted are 'auto', 'fp32'"), ({"max_tokens": 0}, "max_tokens is 0"),
+    ({"max_tokens": True}, "max_tokens is True"), ({"max_tokens": 2.5}, "max_tokens is 2.5"),
+])
+def test_an_evaluation_with_unknown_settings_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        mp.evaluate(llama(torch.float32), TOKENIZER, DATA, **options)
+
+
+def test_data_that_the_model_has_no_head_for_is_refused():
+    with pytest.raises(ValueError, match="the data has labels, and LlamaForCausalLM no head for classes"):
+        mp.fit(with_lora(), TOKENIZER, LABELLED, config())
+    bert = FAMILIES["bert"]().double()
+    mp.attach(bert, mp.LoRA(targets="attention"))
+    with pytest.raises(ValueError, match="prompts and completions, and BertForSequenceClassification no head that predicts"):
+        mp.fit(bert, TOKENIZER, DATA, config())
+    for label in (0.5, "1", None, 3, -1):
+        with pytest.raises(ValueError, match=f"example 0 has the label {label!s}"):
+            mp.fit(bert, TOKENIZER, [{"text": "abc", "label": label}], config())
+    with pytest.raises(ValueError, match="the data has labels, and BertModel no head"):
+        mp.evaluate(bert.bert, TOKENIZER, LABELLED)
+
+
+def test_a_run_that_stopped_early_is_over_when_it_is_taken_up_again(tmp_path):
+    torch.manual_seed(1)
+    strangers = [{"prompt": "what is " + c + "?", "completion": c * 9} for c in "zyx"]
+    settings = dict(steps=80, lr=5e-2, warmup=0.0, eval_every=2, patience=3, folder=tmp_path, resume=True)
+    first = with_lora()
+    one = mp.fit(first, TOKENIZER, DATA, config(**settings), eval_data=strangers)
+    again = with_lora()
+    two = mp.fit(again, TOKENIZER, DATA, config(**settings), eval_data=strangers)
+    assert one.stopped_early and two.stopped_early and two.steps == one.steps < 80
+    assert same(weights(first), weights(again)) and two.evaluation == one.evaluation
+
+
+def test_an_adapter_that_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path):
+    class Unknown(mp.LoRA):
+        pass
+
+    model = llama()
+    mp.attach(model, Unknown(rank=2))
+    before = weights(model)
+    with pytest.raises(TypeError, match="'default' is Unknown, which has no checkpoint format"):
+        mp.fit(model, TOKENIZER, DATA, config(folder=tmp_path / "run"))
+    assert same(before, weights(model)) and not (tmp_path / "run").exists()
+
+
+def test_the_positions_that_roberta_keeps_for_padding_are_not_counted():
+    assert sockets.position_limit(FAMILIES["bert"]()) == FAMILIES["bert"]().config.max_position_embeddings
+    model = FAMILIES["roberta"]()
+    limit = sockets.position_limit(model)
+    assert limit == model.config.max_position_embeddings - model.config.pad_token_id - 1
+    with torch.no_grad():
+        model(torch.full((1, limit), 5))
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            model(torch.full((1, limit + 1), 5))
