@@ -183,14 +183,19 @@ def _read_in_4_bits(source: str, model_class, config, dtype: torch.dtype, device
         model = model_class.from_config(config, dtype=dtype)
     turned = {path for path, m in model.named_modules() if anatomy.is_transposed(m)}
     unread = {name: p.shape for name, p in model.named_parameters()}
+    saved = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in saved}
     kernels.build()
     quantize(model)
     body = f"{model.base_model_prefix}."
     for file in _safetensors_files(source):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
-                name = next((n for n in (key, body + key, key.removeprefix(body)) if n in unread), None)
+                names = key, body + key, key.removeprefix(body)
+                name = next((n for n in names if n in unread), None)
                 if name is None:                                 # a buffer, another head, the twin of a tied weight
+                    for n in buffers.keys() & names:
+                        buffers[n].copy_(tensors.get_tensor(key))
                     continue
                 value = tensors.get_tensor(key).to(device, dtype)
                 if value.shape != unread.pop(name):

@@ -438,6 +438,23 @@ def test_a_base_read_in_4_bits_is_the_base_quantised_afterwards(family, settings
     assert all(t.isfinite().all() for t in model.parameters())
 
 
+def test_buffers_that_a_checkpoint_holds_are_read_too(tmp_path, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    class WithScale(modeling_llama.LlamaMLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("scale", torch.ones(1))
+
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", WithScale)
+    base = FAMILIES["llama"]()
+    base.model.layers[1].mlp.scale.fill_(3)
+    base.save_pretrained(tmp_path)
+    tokenizer_in(tmp_path)
+    model, _ = mp.load_base(str(tmp_path), device="cpu", quantized=True)
+    assert [layer.mlp.scale.item() for layer in model.model.layers] == [1, 3]
+
+
 def test_while_it_is_read_no_two_weights_are_in_memory_at_once(tmp_path, monkeypatch):
     import weakref
 
