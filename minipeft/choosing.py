@@ -165,7 +165,7 @@ def recommend(model="8B", *, memory: float | None = None, tasks: int = 1, goal: 
         answer = _small(case)
     elif any_cost or goal == "language":
         answer = _everything(case)
-    elif goal == "classification" and case.parameters >= LARGE:
+    elif goal == "classification" and case.parameters >= LARGE and not latency:
         answer = _large_classifier(case)
     else:
         answer = _lora(case)
@@ -317,11 +317,11 @@ def _small(case: _Case) -> Recommendation:
 
     rooms = [(f"LoRA of rank {r}", LoRA(rank=r, alpha=2 * r, targets="all-linear"), 2e-4) for r in (16, 8, 4, 2, 1)]
     rooms += [("(IA)³", IA3(), 3e-3)] + ([] if case.decoder else [("BitFit", BitFit(), 3e-3)]) + \
-             [(f"prompt tuning with {n} tokens", PromptTuning(n, init="vocab"), 1e-1) for n in (20, 5, 1)]
+             ([] if case.latency else [(f"prompt tuning with {n} tokens", PromptTuning(n, init="vocab"), 1e-1) for n in (20, 5, 1)])
     ordered = [(name, method, rate, share(method)) for name, method, rate in rooms]
     found = next((r for r in ordered if r[3] <= case.budget), None)
     if found is None:
-        return Recommendation("none fits", reasons=(computed(f"even one soft token is {ordered[-1][3]:.2g} %", ordered[-1][3]),))
+        return Recommendation("none fits", reasons=(computed(f"even {'one soft token' if isinstance(ordered[-1][1], PromptTuning) else ordered[-1][0]} is {ordered[-1][3]:.2g} %", ordered[-1][3]),))
     name, method, rate, percent = found
     against = ()
     if percent <= 0.1:
@@ -382,7 +382,7 @@ def _lora(case: _Case, rank: int | None = None) -> Recommendation:
         reasons.append(computed(f"unmerged: {case.tasks} tasks on one base, and rows of one batch may ask for different ones"))
         reasons.append(measured("what that costs: time of a pass, 1 is the base", task, "LoRA", "forward / base"))
         if case.tasks >= 5:
-            against.append(Reason("“Adapters for five tasks and more”: a LoRA switches as an adapter does, forgets as little, and can be merged when one task is left",
+            against.append(Reason("“Adapters for five tasks and more”: a LoRA switches as an adapter does, and can be merged when one task is left; put aside, either leaves the base as it was",
                                   PAPERS["Rücklé 2021"] + ": adapters cost time at every use"))
         if case.latency:
             reasons.append(computed(f"no time to spare and several tasks exclude each other: merged, you need {case.tasks} copies of the weights",
@@ -390,9 +390,9 @@ def _lora(case: _Case, rank: int | None = None) -> Recommendation:
     elif merged:
         reasons.append(measured("merged it costs nothing: time of a pass, 1 is the base", task, "LoRA, merged", "forward / base"))
     else:
-        reasons.append(computed("merging into 4 bits rounds the update away in part: serve it unmerged, or merge into 16 bits (chapter 10)"))
+        reasons.append(computed("merging into 4 bits rounds the update away in part: serve it unmerged, or merge into the dequantised weights and keep them in 16 bits (chapter 9)"))
         if case.latency:
-            reasons.append(computed("no time to spare: merge into the 16-bit weights, which must fit where you serve", 2 * fitted.bill.parameters / 1e9))
+            reasons.append(computed("no time to spare: merge into the dequantised weights, in 16 bits, which must fit where you serve", 2 * fitted.bill.parameters / 1e9))
     if rank != 64:
         reasons.append(Reason(f"rank {rank}: " + ("little data" if rank == 4 else "facts need room" if rank == 16 else "behaviour needs little room"),
                               PAPERS["Hu 2021"] + ", section 7.2"))

@@ -781,10 +781,11 @@ def reduction(claimed) -> Finding:
 
 @finding
 def fewer_numbers(claimed) -> Finding:
-    """Percent fewer trained numbers in a 7B Llama, over five methods. claimed: [low, high]."""
-    fewer = [100 - percent(trained("Llama 7B", method), total("Llama 7B"))
-             for method in (PromptTuning(20), PrefixTuning(20, reparameterize=False), IA3(), QV, SEVEN)]
-    return Finding(judge(all(claimed[0] <= f <= claimed[1] for f in fewer)), fewest=min(fewer), most=max(fewer))
+    """Percent fewer trained numbers: seven methods in a 7B Llama, adapters in BERT-base. claimed: [low, high]."""
+    cases = [("Llama 7B", method) for method in (PromptTuning(20), PrefixTuning(20, reparameterize=False), PrefixTuning(20), IA3(), QV, SEVEN)]
+    fewer = [100 - percent(trained(name, method), total(name)) for name, method in [*cases, ("BERT-base", BottleneckAdapter(64))]]
+    inside = [claimed[0] <= f <= claimed[1] for f in fewer]
+    return Finding(HOLDS if all(inside) else DEPENDS if any(inside) else WRONG, fewest=min(fewer), most=max(fewer), inside=sum(inside), of=len(inside))
 
 
 @finding
