@@ -58,6 +58,8 @@ TARGET void shuffle_x(const float* x, std::int64_t columns, float* shuffled) {
         for (int k = 0; k < 64; ++k) shuffled[i + k] = x[i + order(k)];
 }
 
+constexpr std::int64_t AHEAD = 4096;    // bytes: the codes come from memory, and the hardware looks less far ahead
+
 // One row of x: decoded values go from the permute straight into the product, and the scale multiplies
 // the sum of a block once instead of each of its elements.
 TARGET void one_row(const float* x, std::int64_t columns, const std::uint8_t* packed, Scales scales,
@@ -68,6 +70,7 @@ TARGET void one_row(const float* x, std::int64_t columns, const std::uint8_t* pa
         const float* at = x;
         F total = zero();
         for (std::int64_t b = 0; b < blocks; ++b) {
+            _mm_prefetch(reinterpret_cast<const char*>(w) + AHEAD, _MM_HINT_T0);
             F part = dot64(w, at);
             for (std::int64_t k = 64; k < block_size; k += 64) part = add(part, dot64(w + k / 2, at + k));
             total = fma(part, all(scales[o * blocks + b]), total);
