@@ -86,7 +86,7 @@ lab.three_sockets_figure()
 lab.table(lab.chapters())
 
 # %% [markdown]
-# In a hurry? Read this page, then chapter 1, then chapter 5. Each chapter stands alone, but these two are what the others are compared with.
+# In a hurry? Read this page, then chapter 1, then chapter 5. Each chapter opens alone and says at its top what it needs; these two are what the others are compared with.
 #
 # ## What your machine can do
 

@@ -107,7 +107,7 @@ lab.table(rows)
 # %% [markdown]
 # ## The idea
 #
-# Move every weight $\theta$ a little downhill, again and again. The gradient $g$ says which way is downhill. AdamW does not follow $g$ itself. It keeps two running means for every weight: $m$, of the gradient, and $v$, of its square. Then it divides one by the root of the other (algorithm 2 of the paper):
+# Move every weight $\theta$ a little downhill, again and again. The gradient $g$ says which way is downhill. AdamW does not follow $g$ itself. It keeps two running means for every weight: $m$, of the gradient, and $v$, of its square. Then it divides one by the root of the other (algorithm 2 of the paper, written as PyTorch computes it: $\eta$, the rate, stands before the decay as well):
 #
 # $$m \leftarrow \beta_1 m + (1-\beta_1)\, g \qquad v \leftarrow \beta_2 v + (1-\beta_2)\, g^2$$
 #
@@ -473,10 +473,10 @@ lab.table([*rows, {"model": "everything trained, mean over seeds"} | mean, {"mod
 #
 # ### What moved?
 #
-# Compare the weights with the published ones. Some numbers did not move at all: the embeddings of words that never occurred, and positions behind the longest text. Everything else did.
+# Compare the weights with the published ones. Some numbers did not move at all: the embeddings of words that never occurred, of positions behind the longest text, and of the second of two texts, since here there is only one.
 
 # %%
-kinds = {"words": "word_embeddings", **{f"layer {i}": f"layer.{i}." for i in range(L)}, "pooler": "pooler", "head": "classifier"}
+kinds = {"words": "word_embeddings", "positions": "position_embeddings", "first/second": "token_type", **{f"layer {i}": f"layer.{i}." for i in range(L)}, "pooler": "pooler", "head": "classifier"}
 moved_by, stayed = {}, {}
 with torch.no_grad():
     for kind, part in kinds.items():
@@ -484,7 +484,8 @@ with torch.no_grad():
         moved_by[kind] = math.sqrt(sum((p - w).square().sum() for p, w in pairs) / sum(w.square().sum() for _, w in pairs))
         stayed[kind] = sum((p == w).sum().item() for p, w in pairs) / sum(w.numel() for _, w in pairs)
 in_layers = statistics.mean(stayed[f"layer {i}"] for i in range(L))
-print(f"not moved at all: {stayed['words']:.0%} of the embedding of words, {in_layers:.2%} of the layers")
+print(f"not moved at all: {stayed['words']:.0%} of the embedding of words, {stayed['positions']:.0%} of that of positions, "
+      f"{stayed['first/second']:.0%} of that of first and second text, {in_layers:.2%} of the layers")
 
 figure, ax = lab.new_figure(width=6.8, height=2.8)
 ax.bar(moved_by.keys(), moved_by.values())
@@ -740,8 +741,8 @@ lab.quiz([
      "choices": {"$-100$": "By custom it means: do not look here.",
                  "the question's own tokens": "Then it learns to ask, and the answer is drowned by long questions.",
                  "0": "That is a token like any other; it would learn to predict it."}},
-    {"question": "A passes 3 targets, B passes 1. You average the two passes' mean losses. What is wrong?", "right": "B's target counts three times too much",
-     "choices": {"B's target counts three times too much": "It has weight ½; each of A's has a sixth. All should have a quarter.",
+    {"question": "Pass A has 3 targets, pass B has 1. You average the two passes' mean losses. What is wrong?", "right": "B's target counts three times as much as each of A's",
+     "choices": {"B's target counts three times as much as each of A's": "It has weight ½; each of A's has a sixth. All should have a quarter.",
                  "nothing": "Only if the passes have equally many targets.",
                  "the rate is doubled": "The sum of the weights is still 1."}},
     {"question": "After fine-tuning, the new task's score is excellent. What do you know about the old skills?", "right": "nothing",

@@ -343,7 +343,7 @@ check.prompt_step(prompt_step)
 # %% [markdown]
 # ### Step 3: P-tuning's network
 #
-# Liu et al. argue that vectors of words are poor places to start from, and that the places of a prompt should depend on each other. Their remedy: train *inputs* $E$ and let a small network make the vectors, $P = f(E)$. Then all places share the weights of $f$, and a step moves them together. When training is over, keep $f(E)$ and throw $f$ away. There are two kinds of $f$. `mp.PTuning(m, "lstm")` first lets an LSTM read the places in both directions, so that each vector depends on its neighbours; a small network follows. `mp.PTuning(m, "mlp")` is the small network alone, and you build that one.
+# Liu et al. argue that vectors of words are poor places to start from, and that the places of a prompt should depend on each other. Their remedy, here in the form that Hugging Face PEFT gives it, with all vectors in front and the model frozen (the paper also mixes them with words, and tunes the model): train *inputs* $E$ and let a small network make the vectors, $P = f(E)$. Then all places share the weights of $f$, and a step moves them together. When training is over, keep $f(E)$ and throw $f$ away. There are two kinds of $f$. `mp.PTuning(m, "lstm")` first lets an LSTM read the places in both directions, so that each vector depends on its neighbours; a small network follows. `mp.PTuning(m, "mlp")` is the small network alone, and you build that one.
 #
 # ### Exercise 4: the network · 5 minutes · easy
 #
@@ -537,7 +537,7 @@ display(figure)
 lab.table([{"medicines taught": n, "facts taught": 4 * n} | {f"{way}, % right": 100 * held[way][n] for way in held} for n in held["soft prompt"]])
 
 # %% [markdown]
-# The line above the figure compares the bytes of the prompt with the letters of all the cards. Room is not what is missing. A fact is a link from one name to one answer. LoRA can put such links into the weights that every token passes. The prompt is **the same for every question**; it can only add the same vectors to what attention reads, and the frozen layers must turn them into a different answer for each name. For one card, one answer will do. With more cards the same vectors must serve them all. That is an explanation, not a measurement: hold it against your two lines. Where both stay low, the steps were too few to tell.
+# The line above the figure compares the bytes of the prompt with the letters of all the cards. Room is not what is missing. A fact is a link from one name to one answer. The prompt is **the same for every question**; it can only add the same vectors to what attention reads, and the frozen layers must turn them into a different answer for each name. For one card, one answer will do. With more cards the same vectors must serve them all. LoRA changes weights that every token passes, and the row *LoRA, rank 16* of the big table shows what that can hold, with many times the numbers. A LoRA of the prompt's size is a tight fit: it may stay below the prompt in your figure, at its one rate and in these steps. So the figure does not decide between the two. It shows how fast *this* prompt's share falls.
 #
 # Some of the facts a model gets right, it may have known, or guessed: *by mouth* is right for many. Compare with the row *frozen*, and with the facts on **new** medicines in the big table.
 #
@@ -631,7 +631,7 @@ lab.table([{"start": kind, "mean": v.mean().item(), "spread (standard deviation)
             "loss on the test, mean": sum(r["loss"] for r in by_start[kind]) / len(v)} for kind, v in spread.items()])
 
 # %% [markdown]
-# Lester et al. (section 3.2) found that the start matters for small models and stops mattering for the largest. Look at the spread within a row before you believe a difference between rows. A method that depends on luck must be run more than once: that is part of its price.
+# Lester et al. (section 3.2) found that the start matters for small models and stops mattering for the largest. Look at the spread within a row before you believe a difference between rows. A method that depends on luck must be run more than once: that is part of its price. And look at the dashed line. A point to its left has lost what the last layer could do alone; one at the commoner label's share gives everybody the same answer. The head reads the *first* position of the text, and there the prompt stands now: these few steps may not be enough to get over that.
 #
 # ## How long?
 #
@@ -669,7 +669,7 @@ print(f"{by_length[-1]['tokens']} tokens in front of a question of {T} make it t
 lab.table(by_length)
 
 # %% [markdown]
-# The bars on the left are the error from the number of test texts. The spread over seeds, which you have just seen, comes on top. Is the longest prompt better than the shortest by more than that? Lester et al. found only marginal gains beyond twenty.
+# The bars on the left are the error from the number of test texts. The spread over seeds, which you have just seen, comes on top. Is the longest prompt better than the shortest by more than that? Lester et al. found only marginal gains beyond twenty. Here ask first whether a length works at all: a score near the commoner label's share, printed above, says that it does not in these steps, and then nothing can be said about lengths.
 #
 # ## What do the vectors say?
 #
@@ -735,7 +735,7 @@ lab.table([{"rate": lr, "accuracy": row["accuracy"], "loss on the test": row["lo
 # %% [markdown]
 # The two reported figures are those of a model that always says the same. So compare with the commoner label first, always. Then look at the rate: compare the rows, and the loss, which is less rough than the accuracy.
 #
-# ## Why do small models listen badly?
+# ## Does a small model listen?
 #
 # A weight that LoRA changes can be changed by any amount. A prompt can only be *read*, and between it and the text stand normalisation and softmax. Test it: take a random prompt and make it **louder**, ten times, a hundred times. How far do the logits of the question move, as the root of the mean square? (A random prompt starts at about the length of a word's vector: that is *1 times*.)
 
@@ -751,14 +751,13 @@ with torch.no_grad():
         loud.append({"prompt, times a word's length": times, "logits move by": shift})
 mp.detach(model)
 ends = [row["logits move by"] for row in loud]
-assert abs(ends[-1] / ends[-2] - 1) < 0.2                      # it has levelled off
 print(f"from 1,000 to 10,000 times a word's length the effect changes by {100 * (ends[-1] / ends[-2] - 1):+.1f} %")
 lab.table(loud)
 
 # %% [markdown]
 # Shouting does not help: past some loudness only the *direction* of the vectors counts, and attention shares out a total of 1. The prompt must find directions that the frozen layers **already react to**. One explanation, which this chapter does not test: a large model has many such directions, a small one has few. What Lester et al. measured is in the paper's title: the gap to full fine-tuning closes only at billions of parameters.
 #
-# Here is the gap on the models at hand: how much of what a LoRA gains does a soft prompt gain, with the same data and steps? This LoRA is the larger one, not the one of equal size. The columns *frozen*, *prompt* and *LoRA* are losses on the test; *frozen* on MiniLM means the last layer only. In the gpu profile the table goes on with larger models from the Hub, and only those rows share one task: do not read the first two as small against large.
+# Is there such a gap on the models at hand? How much of what a LoRA gains does a soft prompt gain, with the same data and steps? A share near 1 is no gap. Mind what is measured: the cards' loss is on *new* medicines, whose facts nobody can know. What can be gained there is the format and the copied name, behaviour, and that is what a prompt is good at. This LoRA is the larger one, not the one of equal size. The columns *frozen*, *prompt* and *LoRA* are losses on the test; *frozen* on MiniLM means the last layer only. In the gpu profile the table goes on with larger models from the Hub, and only those rows share one task: do not read the first two as small against large.
 
 # %%
 def listens(name: str) -> dict:
@@ -895,10 +894,10 @@ lab.quiz([
                  "0": "That is a token like any other.",
                  "missing: labels have the text's length": "Then every label would belong to the wrong place."}},
     {"question": f"Your soft prompt has the format right in {100 * p['format, new']:.0f} % of the answers on medicines it never saw, and whole cards in {100 * p['all_facts, taught']:.0f} % on those it was taught. You need the facts. What do you do?",
-     "right": "change weights (LoRA), or put the facts into the text",
-     "choices": {"change weights (LoRA), or put the facts into the text": "Both can hold facts. How far each came here: the LoRA rows, and the row of the cheat sheet.",
+     "right": "a LoRA of an ordinary rank, or the facts in the text",
+     "choices": {"a LoRA of an ordinary rank, or the facts in the text": "Both can hold facts. How far each came here: the row of rank 16, and the row of the cheat sheet.",
                  "take a longer prompt": "The same vectors for each question, only more of them. (The curve of lengths above is about sentiment, not about facts.)",
-                 "train the prompt for much longer": "You may gain something. Compare first with a LoRA of equal size after as many steps.",
+                 "make the prompt's vectors larger": "Past some loudness hardly anything changes: you measured it with a random prompt.",
                  "start from another text": "The start decides where you begin. It adds no way to look up a name."}},
     {"question": "Accuracy stands still at 68 % from the first epoch, the loss moves a little. What do you check first?", "right": "the share of the commoner label",
      "choices": {"the share of the commoner label": "If it is 68 % as well, the model always says the same. Then look at the rate.",
@@ -927,8 +926,8 @@ lab.quiz([
 #
 # - A hard prompt is rows of a frozen table. A soft prompt is any vectors in their place, trained: $e' = [P; e]$, $m \times d$ numbers.
 # - Trained: $P$. Frozen: everything else. Room must be made in mask and labels. Logits get longer, too.
-# - It can start exactly as a written prompt, and it takes a far higher rate than weights do. Run several seeds, and put the commoner label beside the score.
-# - Behaviour (format, a copied name) and facts are different things to learn. Judge them apart, beside a LoRA of equal size, as in your figure. Facts that a prompt does not hold go into weights, or into the text.
+# - It can start exactly as a written prompt, and its rate has to be looked for: Lester et al. took 0.3, your sweep on MiniLM may say otherwise. Run several seeds, and put the commoner label beside the score.
+# - Behaviour (format, a copied name) and facts are different things to learn. Judge them apart, as in your figure. Facts that a prompt does not hold go into a LoRA of an ordinary rank, or into the text.
 # - Each soft token costs time in use. It cannot be merged. Its file is tiny.
 # - In Lester et al., the smaller the model, the worse it listens. Measure a LoRA beside it.
 #

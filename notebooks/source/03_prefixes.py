@@ -260,7 +260,7 @@ with torch.no_grad():
     plugged = model(**question).logits
 mp.detach(model)
 scale = cached.abs().max()
-assert (plugged - cached).abs().max() < 1e-5 * scale and (plugged - before).abs().max() > 0.01 * scale
+assert (plugged - cached).abs().max() < 1e-4 * scale and (plugged - before).abs().max() > 0.01 * scale
 print(f"cache and socket differ by {(plugged - cached).abs().max() / scale:.1g} of the largest logit")
 
 # %% [markdown]
@@ -630,7 +630,7 @@ print("at the smallest size most facts are kept by:", ", ".join(winner) or "nobo
 figure
 
 # %% [markdown]
-# Say precisely what this measures: facts kept *after so many steps at this rate*, of one seed. It is not the most that would ever fit. But where the three differ, the number of parameters cannot be the reason: it is equal. What is left is the place, and how far each rate suits it. A prefix mixes a few fixed vectors into attention, the same ones for every medicine; only $\lambda$ and the weights among them depend on the text. LoRA changes what a layer computes from each token.
+# Say precisely what this measures: facts kept *after so many steps at this rate*, of one seed. It is not the most that would ever fit. But where the three differ, the number of parameters cannot be the reason: it is equal. What is left is the place, and how far each rate suits it. If you expected LoRA to lead: does it, at either size? If it does not at the smallest, there are three candidates that this table does not tell apart: its rate, which was not swept here and differs from the other two's; its place, at this size the values of some layers only; and the few steps.
 #
 # ## The network: is training steadier with it?
 #
@@ -760,9 +760,11 @@ lab.table(rows)
 # %% [markdown]
 # Chapter 1 trained the same encoder longer. Here all methods get the same few steps, so read the order, not the heights, and the order only where two rows differ by more than the error. The prefix that comes through the network trains more numbers than it keeps: *trained* counts the network. Folded, it is as small as the other one.
 #
-# ## Break it: a prefix too long, a rate too high
+# ## Break it: a prefix too long
 #
-# A longer prefix takes attention away from the text, $1 - \lambda$ shrinks. And a prefix trained directly at a high rate jumps: one step of Adam moves every entry by about the rate, and real keys are only so large. Measure both: the loss before any training against the length, and the size of an Adam step against the size of a real key.
+# A longer prefix takes attention away from the text, $1 - \lambda$ shrinks. Measure the loss before any training against the length.
+#
+# The other way to break a prefix is its rate: one step of Adam moves every entry by about the rate, and real keys are only so large. What that does to a score, the grid of rates on MiniLM showed above. The line above the table says how far the run on the cards could move an entry, in sizes of a real key.
 
 # %%
 lengths = mp.pick(smoke=[1, 20], cpu=[1, 5, 20, 80], gpu=[1, 5, 20, 80, 320])

@@ -183,7 +183,7 @@ lab.ordering(
      "$W_\\mathrm{up}$ and its bias: $m \\to d$": "Trained. As wide as before, so that it can be added.",
      "$+\\, y$: the adapter's skip": "With small matrices the adapter is nearly the identity.",
      "$+\\, h$: the block's residual": "The frozen block's own addition. The adapter stands before it.",
-     "the block's norm": "Frozen. In BERT it comes after the addition."},
+     "the block's norm": "Frozen here. In BERT it comes after the addition. (Houlsby et al. train it as well, a copy for each task: 2d numbers.)"},
     {"softmax": "Nothing is chosen among alternatives here.",
      "times $\\alpha / r$": "That is LoRA's scale.",
      "the trained prefix $P$": "That is the key/value socket."},

@@ -64,7 +64,7 @@ predicted = {"percent trained": None, "best rate, LoRA / full": None, "percent o
 #
 # First you measure the frozen model. You ask it twice: with the bare question, and with three solved cards in front of it. They show it the format, which it cannot guess. `mp.score_cards` gives shares of exact answers, letter for letter: **format** (five fields), **name**, **facts** (the other four fields) and **all_facts** (all four right) forwards, **recall** (the name) in reverse.
 #
-# In ten minutes two CPU cores read about two thousand questions with their answers. A card needs several turns to be learned, so the cpu profile takes every second medicine. A GPU takes them all. This is teaching data, not medical advice.
+# A card needs several turns to be learned, and two CPU cores read only so many in a few minutes. So the cpu profile takes every second medicine. A GPU takes them all. This is teaching data, not medical advice.
 
 # %%
 BASE = profiles.base_model()
@@ -248,7 +248,7 @@ check.lora_forward(lora_forward)
 # %% [markdown]
 # ### Exercise 3: where training starts · 10 minutes · medium
 #
-# Before training, $\Delta W$ must be zero: you want to start from the model you have. $B = 0$ does that. $A$ is random, with the spread that `torch.nn.Linear` gives its own weights: uniform between $\pm 1/\sqrt{\mathrm{in}}$.
+# Before training, $\Delta W$ must be zero: you want to start from the model you have. $B = 0$ does that. $A$ is random. The paper draws it from a normal distribution; its authors' code, and most since, give it what `torch.nn.Linear` gives its own weights: uniform between $\pm 1/\sqrt{\mathrm{in}}$. Take that spread. (The check looks at the standard deviation, $1/\sqrt{3\,\mathrm{in}}$: a normal draw that has it passes too.)
 #
 # Why not both zero? Why not both random? You will try both below.
 
@@ -560,7 +560,7 @@ lab.table([{"": "full fine-tuning"} | full_best, {"": "LoRA"} | lora_best, {"": 
 #
 # More advice to test: *rank 8 or 16 is enough; above 64 the returns diminish and the memory skyrockets. Take $\alpha = 2r$, too large and the model goes off track. Adapt $W_Q$ and $W_V$: the feed-forward layers only store knowledge.*
 #
-# Each run below changes one thing against the reference (rank 16, $\alpha = 32$, all linear layers). The learning rate is LoRA's best from the sweep. The reference runs with three seeds: a difference smaller than their spread is noise.
+# Each run below is held against the reference (rank 16, $\alpha = 32$, all linear layers). In the left panel the rank changes and $\alpha = 2r$ goes along, as the advice has it; everything else changes one thing. The learning rate is LoRA's best from the sweep, for the reference. The reference runs with three seeds: a difference smaller than their spread is noise.
 #
 # In the last table each place gets the rank that makes the **same number** of trained numbers as the reference. Otherwise you would compare sizes, not places.
 
@@ -611,7 +611,7 @@ lab.table([{"": name, "rank": m.rank, "scale s": m.scale} | {k: t.get(k) for k i
 # %% [markdown]
 # How to read it:
 #
-# - **Rank.** Compare rank 1 with rank 64, and with the spread of the seeds. A few cards are a small task; the paper, too, finds that rank 1 already does well on some.
+# - **Rank.** Compare rank 1 with the reference and with the spread of the seeds. Then compare the two runs at rank 64: the one in the figure has $\alpha = 128$, the row *rank 64, same α* has 32. If the first is worse, its steps are too large, not its rank. Facts want numbers, and a rate suits a rank: the paper found rank 1 enough on some tasks, and a fair test sweeps the rate for each rank.
 # - **Memory.** Compare *GiB more* at rank 16 and at rank 64.
 # - **Alpha.** $\alpha$ only multiplies the update. To Adam it acts much like a learning rate, says section 4.1 of the paper. So $\alpha = 2r$ is no law. It is a habit that goes with one rate.
 # - **rsLoRA.** With $\alpha$ held, $s = \alpha / r$ shrinks as the rank grows. rsLoRA (Kalajdzievski 2023) divides by $\sqrt{r}$ instead. Look at the column *scale s*: it is another choice of $s$, and a large $s$ at a rate tuned for a small one can also be too much.
@@ -619,7 +619,7 @@ lab.table([{"": name, "rank": m.rank, "scale s": m.scale} | {k: t.get(k) for k i
 #
 # ## Break it: the start
 #
-# Three starts, the same small task: the paper's, both matrices zero, both random. Before the first step the held-out loss should be the frozen model's.
+# Three starts, the same small task: the usual one, both matrices zero, both random. Before the first step the held-out loss should be the frozen model's.
 
 # %%
 def start(which: str) -> dict:
@@ -637,7 +637,7 @@ def start(which: str) -> dict:
             f"loss after {steps} steps": mp.evaluate(fresh, tokenizer, small["validation"])["loss"]}
 
 print(f"the frozen model: loss {untrained:.4g}")
-lab.table([start(which) for which in ("the paper's", "both zero", "both random")])
+lab.table([start(which) for which in ("the usual", "both zero", "both random")])
 
 # %% [markdown]
 # Both zero: each gradient is a product with the other matrix, so both are zero. Nothing raises an error, the bar runs, the loss stays. Both random: you start from a damaged model and pay for the repair.

@@ -690,7 +690,7 @@ display(figure)
 lab.table([{"rate": lr, "loss": run["loss"], "accuracy": run["accuracy"], "|l - 1|, mean": moved(run)} for lr, run in rates.items()])
 
 # %% [markdown]
-# The last column says how far the vectors got, as a share of where they began. Compare it with the loss, and with *head only*, where they stayed at 1.
+# The last column says how far the vectors got, as a share of where they began. Compare it with the loss, and with *head only*, where they stayed at 1. Now look back: the comparison ran (IA)³ at 0.02. If another row has a clearly lower loss, that was not its best rate, and a part of *LoRA minus (IA)³* is owed to that.
 #
 # ## Another start: PiSSA
 #
@@ -727,7 +727,7 @@ display(figure)
 lab.table([{"": name} | values for name, values in pissa.items()], f"the first {len(curve)} steps")
 
 # %% [markdown]
-# $A_0$ and $B_0$ are both far from zero, so that a step of the same rate moves $BA$ through both, where LoRA's first step moves it through $B$ alone. So a rate means something else here. If PiSSA is ahead, compare its two curves before you credit the start alone.
+# $A_0$ and $B_0$ are both far from zero, so that a step of the same rate moves $BA$ through both, where LoRA's first step moves it through $B$ alone. So a rate means something else here. If PiSSA is ahead, compare its two curves before you credit the start alone. And look at *accuracy at the end*: an early lead in loss need not last, and at LoRA's rate a start with both factors far from zero can miss altogether.
 #
 # ### Exercise 5: back to a plain LoRA · 10 minutes · medium
 #
@@ -788,7 +788,7 @@ display(figure)
 lab.table([{"": name} | values for name, values in rslora.items()])
 
 # %% [markdown]
-# Follow $\|\Delta W\| / \|W\|$ down the ranks, once for each scale. If you raise the rank and see no gain, ask first whether you lowered the scale. rsLoRA is no other method. It is another $s$, and raising $\alpha$ with the rank does the same: at one rank you can always reach one with the other.
+# Follow $\|\Delta W\| / \|W\|$ down the ranks, once for each scale. That is what these few steps can show. Whether rank is *wasted* is a matter of the loss: compare *last losses* only where they have left the place where they began, about 0.69 for two classes. If you raise the rank and see no gain, ask first whether you lowered the scale. rsLoRA is no other method. It is another $s$, and raising $\alpha$ with the rank does the same: at one rank you can always reach one with the other.
 #
 # ## Merge both
 #

@@ -364,7 +364,7 @@ check.scale_body(scale_body)
 # __global__ void absmax(const float* x, float* scales, int n)
 # ```
 #
-# Block `b` of threads looks at `blockDim.x` numbers in a row, a thread a number, and puts their largest absolute value into `scales[b]`. `blockDim.x` is a power of two, at most 256. The last block may have fewer numbers than threads. Every thread must come to every barrier: a `return` before one, or a barrier inside an `if`, is a mistake that a GPU may answer by hanging.
+# Block `b` of threads looks at `blockDim.x` numbers in a row, a thread a number, and puts their largest absolute value into `scales[b]`. `blockDim.x` is a power of two, at most 256. The last block may have fewer numbers than threads. Every thread must come to every barrier. A barrier inside an `if` that is not the same for the whole block is undefined, and a GPU may answer by hanging. A `return` before one is no better a habit: newer GPUs (since Volta) do not wait for a thread that has left, but what it should have written is missing. The emulator refuses both.
 
 # %%
 def absmax_body() -> str:

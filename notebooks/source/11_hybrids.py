@@ -602,7 +602,7 @@ print(f"largest spread over seeds: {100 * spread:.1f} points; error from {len(fi
 figure
 
 # %% [markdown]
-# Look at the dotted line first: what the head had reached before any method came. A candidate that stands on it has added nothing yet, and two of that kind cannot be compared. Does the prompt alone stand there? That is no verdict on prompts, with a rate that was not chosen for it. Does *prompt + LoRA* stand there, although its rates were the best of the grid? Then what was best for a shorter prompt did not carry over to this one.
+# Look at the dotted line first: what the head had reached before any method came. A candidate that stands on it has added nothing yet, and two of that kind cannot be compared. Does the prompt alone stand there? That is no verdict on prompts, with a rate that was not chosen for it. Does *prompt + LoRA* stand there, although its rates were the best of the grid? Then what was best for a shorter prompt did not carry over to this one. And one below the dotted line, at the dashed one, where everybody gets the commoner label, is worse than idle: training destroyed what the head could do.
 #
 # Then say only what the last line of the print allows. It is about the best part and the best hybrid. (Both *best* ones were picked by their test score, which flatters them: chapter 12 shows by how much.) If the gap is within chance, the honest sentence is: *at this size, on this task, in so few steps, we saw no difference between these two.* That is not proof that they are equal. A hybrid also costs: two rates to choose, and where a prompt is part of it, longer texts in every layer (see *s a step*).
 #

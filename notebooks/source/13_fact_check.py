@@ -278,7 +278,7 @@ figure
 # %% [markdown]
 # ### Exercise 4: a verdict from two sweeps · 15 minutes · medium
 #
-# Judge such a claim for any two sweeps. Beware of a trap: a best rate at the **end** of its sweep says only that the best lies there or further out. Then nothing is decided.
+# Judge such a claim for any two sweeps. Beware of a trap: a best rate at the **end** of its sweep says only that the best lies there or further out. One side is known, the other is not. Here, call every such case *open*.
 #
 # <details>
 # <summary>Hint</summary>
@@ -491,7 +491,7 @@ lab.quiz([
                  "PEFT chooses it": "LoraConfig has no setting for it."}},
     {"question": "The best rate of a sweep is the largest that was tried. What do you know about the best rate?", "right": "that it is at least about so large",
      "choices": {"that it is this one": "It may lie beyond: nobody looked.", "that it is at least about so large": "Try larger ones before you judge.",
-                 "that the sweep diverged": "It has not, or this would not be the best.", "nothing": "The smaller ones tried are worse. That is something."}},
+                 "that the sweep diverged": "It has not, or this would not be the best.", "that it is smaller": "The smaller ones that were tried are worse."}},
     {"question": "What do the letters of (IA)³ stand for?", "right": "infused adapter by inhibiting and amplifying inner activations",
      "choices": {"infused adapter by inhibiting and amplifying inner activations": "Three I's and three A's, hence the name.",
                  "input-aware adapter adjustment": "In print, and made up.", "iterated additive adapters": "Nothing is added.",
@@ -546,7 +546,7 @@ with tempfile.TemporaryDirectory() as thrown_away:
 # - A model need not be loaded to be counted or billed: its config is enough.
 # - A share without a model and a length, a latency without a batch, a rate without a sweep: each *depends on …*.
 # - Ask what would make a claim true. If that is absurd, so is the claim.
-# - A best value at the end of a sweep decides nothing.
+# - A best value at the end of a sweep is known on one side only. Sweep on before you judge.
 # - Without a source there is no verdict, not even *wrong*.
 #
 # ## Further reading
