@@ -152,6 +152,10 @@ class Serve:
                     raise ValueError(f"{folder}: {error}") from None
         raise ValueError(f"{folder}: its files change while they are read; load it again when they are written")
 
+    def __getstate__(self) -> dict:
+        """Copied or pickled, without the last batch."""
+        return vars(self) | {"spare": {}}
+
     def __repr__(self) -> str:
         return f"Serve({len(self.loaded)} adapters, limit {self.limit})"
 

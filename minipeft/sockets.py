@@ -241,8 +241,8 @@ def active(model: nn.Module, names) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        if before is not None:
-            activate(model, before)
+        if before is not None and hasattr(model, HOME):
+            activate(model, [n for n in before if n in _home(model)._modules])     # one may have been detached
 
 
 @contextlib.contextmanager

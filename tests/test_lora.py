@@ -477,6 +477,18 @@ def test_a_piece_that_never_runs_is_reported():
     assert adapter.idle() == []
 
 
+def test_an_adapter_may_be_detached_while_another_choice_is_active():
+    model = FAMILIES["llama"]()
+    for name in "ab":
+        mp.attach(model, mp.LoRA(), name)
+    with mp.active(model, "b"):
+        mp.detach(model, "a")
+    assert model.minipeft.active == ("b",)
+    with mp.active(model, None):
+        mp.detach(model, "b")
+    assert not hasattr(model, "minipeft")
+
+
 def test_a_gradient_of_the_gradient_is_refused_and_not_wrong():
     model = FAMILIES["llama"]().double()
     for method in (mp.LoRA(2), mp.DoRA(2)):

@@ -3,6 +3,7 @@
 import copy
 import cProfile
 import os
+import pickle
 import pstats
 import shutil
 import threading
@@ -463,6 +464,14 @@ def test_an_adapter_that_is_called_serve_is_not_replaced(tmp_path):
     with pytest.raises(ValueError, match="called 'serve' is attached already"):
         mp.Serve(model)
     assert mp.adapters(model)["serve"].method == METHODS["low"]
+
+
+def test_after_a_batch_the_model_can_be_pickled(tmp_path):
+    model = base()
+    shelf_with(model, tmp_path, {"low": METHODS["low"], "high": METHODS["high"]})
+    wanted = answers(model, ["5 6", "7"], 4, adapters=["low", "high"])
+    again = pickle.loads(pickle.dumps(model))
+    assert answers(again, ["5 6", "7"], 4, adapters=["low", "high"]) == wanted
 
 
 @pytest.mark.parametrize("name", ["high", "vectors", "short"])
