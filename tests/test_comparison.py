@@ -81,10 +81,31 @@ def test_every_method_gets_a_sweep_three_seeds_and_four_domains(records):
 
 def test_a_best_rate_at_the_edge_is_followed_two_steps_and_no_further(records):
     plan = compare.Plan(records, BUDGET)
-    assert [run.rate for run in plan.sweep("cards", "PiSSA")[0]] == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
-    assert [run.rate for run in plan.sweep("cards", "prompt tuning")[0]] == [3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
-    assert [run.rate for run in plan.sweep("cards", "LoRA")[0]] == [1e-3, 3e-3, 1e-2]
+    assert [run.rate for run in plan.sweep("sentiment", "PiSSA")[0]] == [3e-4, 1e-3, 3e-3, 1e-2]
+    assert [run.rate for run in plan.sweep("sentiment", "prompt tuning")[0]] == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+    assert [run.rate for run in plan.sweep("sentiment", "LoRA")[0]] == [1e-3, 3e-3, 1e-2]
+    assert [run.rate for run in plan.sweep("cards", "PiSSA")[0]][:5] == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
     assert compare.next_rate(3e-3, True) == 1e-2 and compare.next_rate(1e-2, False) == 3e-3 and compare.next_rate(1e-5, False) == 3e-6
+
+
+def test_on_the_cards_the_rates_halfway_are_tried_and_all_seeds_choose_between_the_two_best(records):
+    def runs(found, method):
+        sweep, best = compare.Plan(found, BUDGET).sweep("cards", method)
+        return [(run.rate, run.seed) for run in sweep], best
+
+    coarse = [(1e-3, 0), (3e-3, 0), (1e-2, 0)]
+    assert runs(records, "LoRA") == ([*coarse, (2e-3, 0), (5e-3, 0), (3e-3, 1), (3e-3, 2), (2e-3, 1), (2e-3, 2)], 3e-3)
+    assert [compare.halfway(*pair) for pair in ((1e-3, 3e-3), (3e-3, 1e-2), (1e-2, 3e-2))] == [2e-3, 5e-3, 2e-2]
+
+    def fickle(run):                                            # best on the first seed, and lost on the others
+        loss = {2e-3: 0.2, 3e-3: 0.1 if run.seed == 0 else 3.0}.get(run.rate, 1.0)
+        return record(run, loss=loss) if run.task == "cards" else bowl(run)
+
+    assert runs(everything(fickle), "LoRA")[1] == 2e-3
+    row = compare.method_row(compare.Plan(everything(fickle), BUDGET), "cards", "LoRA")
+    assert row["rate"] == 2e-3 and row["rates"]["0.003"] == 0.1 and row["mean losses"] == pytest.approx({"0.003": 6.1 / 3, "0.002": 0.2})
+    nothing = {k: r for k, r in records.items() if k != "cards / LoRA / rate 0.002 / seed 2"}
+    assert runs(nothing, "LoRA")[1] is None                     # not before all of them are there
 
 
 def test_a_rate_that_diverged_is_not_taken_and_counts_as_tried():
@@ -92,9 +113,9 @@ def test_a_rate_that_diverged_is_not_taken_and_counts_as_tried():
         return record(run, loss=None, diverged="the loss is nan") if run.rate and run.rate > 3e-3 else bowl(run)
 
     plan = compare.Plan(everything(lost), BUDGET)
-    assert [run.rate for run in plan.sweep("cards", "(IA)³")[0]] == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]  # all of its own diverged: lower ones
+    assert [run.rate for run in plan.sweep("cards", "(IA)³")[0]][:5] == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]  # all of its own diverged: lower ones
     sweep, best = plan.sweep("cards", "LoRA")
-    assert best == 3e-3 and len(sweep) == 3
+    assert best == 3e-3 and {run.rate for run in sweep if run.seed} == {2e-3, 3e-3}
 
 
 def test_the_test_questions_choose_nothing(records):
@@ -200,11 +221,11 @@ def test_the_tables_are_made_of_the_records(records):
 
 
 def test_a_seed_that_diverged_is_counted_and_not_forgotten(records):
-    rate = compare.Plan(records, BUDGET).sweep("cards", "LoRA")[1]
-    key = compare.Run("cards", "LoRA", rate, 2).key
+    rate = compare.Plan(records, BUDGET).sweep("sentiment", "LoRA")[1]
+    key = compare.Run("sentiment", "LoRA", rate, 2, "tweets").key
     lost = {k: v for k, v in records[key].items() if k != "score"} | {"diverged": "the loss is nan", "loss": None}
-    row = next(r for r in compare.summarise(records | {key: lost}, BUDGET)["cards"] if r["method"] == "LoRA")
-    assert row["diverged"] == 1 and row["runs"] == 2
+    row = next(r for r in compare.summarise(records | {key: lost}, BUDGET)["sentiment"] if r["method"] == "LoRA")
+    assert row["diverged"] == 1 and row["runs"] == 11
 
 
 def test_the_lab_draws_what_there_is_and_names_the_command_for_what_is_not(records):
