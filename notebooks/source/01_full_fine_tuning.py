@@ -489,6 +489,7 @@ print(f"not moved at all: {stayed['words']:.0%} of the embedding of words, {stay
 
 figure, ax = lab.new_figure(width=6.8, height=2.8)
 ax.bar(moved_by.keys(), moved_by.values())
+ax.tick_params(axis="x", rotation=30)
 ax.set_ylabel(r"$\|\Delta W\| \,/\, \|W\|$")
 ax.set_title("how far each part moved, relative to its size", loc="left")
 figure
