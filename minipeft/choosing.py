@@ -229,6 +229,8 @@ def _bill(frozen: str, method, quantized: bool, checkpointing: bool, batch: int,
 
     fields = json.loads(frozen)
     config = getattr(transformers, fields.pop("type")).from_dict(fields)
+    if isinstance(method, PromptTuning):
+        seq = min(seq, config.max_position_embeddings - method.length)     # the prompt takes positions of the text
     return memory_bill(config, method, batch=batch, seq=seq, dtype="bfloat16", quantized=quantized, gradient_checkpointing=checkpointing)
 
 
@@ -310,7 +312,7 @@ def _no_weights() -> Recommendation:
 
 
 def _small(case: _Case) -> Recommendation:
-    """The most room within a share of trained numbers: LoRA, then (IA)³, BitFit, a soft prompt."""
+    """The most room within a share of trained numbers: a LoRA, (IA)³, BitFit or a soft prompt."""
     def share(method) -> float:
         trained, base = _counts(_frozen(case.config), method)
         return 100 * trained / base
@@ -318,7 +320,7 @@ def _small(case: _Case) -> Recommendation:
     rooms = [(f"LoRA of rank {r}", LoRA(rank=r, alpha=2 * r, targets="all-linear"), 2e-4) for r in (16, 8, 4, 2, 1)]
     rooms += [("(IA)³", IA3(), 3e-3)] + ([] if case.decoder else [("BitFit", BitFit(), 3e-3)]) + \
              ([] if case.latency else [(f"prompt tuning with {n} tokens", PromptTuning(n, init="vocab"), 1e-1) for n in (20, 5, 1)])
-    ordered = [(name, method, rate, share(method)) for name, method, rate in rooms]
+    ordered = sorted(((name, method, rate, share(method)) for name, method, rate in rooms), key=lambda room: -room[3])
     found = next((r for r in ordered if r[3] <= case.budget), None)
     if found is None:
         return Recommendation("none fits", reasons=(computed(f"even {'one soft token' if isinstance(ordered[-1][1], PromptTuning) else ordered[-1][0]} is {ordered[-1][3]:.2g} %", ordered[-1][3]),))

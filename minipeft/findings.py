@@ -411,15 +411,20 @@ def prompt_changes_a_small_model(claimed) -> Finding:
 
 @finding
 def facts_at_equal_size(claimed) -> Finding:
-    """As many numbers in a prompt, in a prefix and in LoRA, the fewest that LoRA can have there."""
+    """As many numbers in a prompt, in a prefix and in LoRA, the fewest that LoRA can have there; and with more of them.
+
+    If LoRA led with as few, the number could not be the reason. If it does not, and more numbers keep more, it can.
+    """
     rows = measured("03_prefixes", "capacity")
     fewest = min(row["trained"] for row in rows)
     kept = {row["kind"]: row["facts kept"] for row in rows if row["trained"] == fewest}
     if set(kept) != {"prompt", "prefix", "LoRA"}:
         raise NotMeasured("03_prefixes: capacity at one size for all three")
-    soft = kept["prompt"], kept["prefix"]
-    return Finding(HOLDS if kept["LoRA"] > max(soft) else WRONG if kept["LoRA"] < min(soft) else DEPENDS, numbers=fewest,
-                   **{f"{kind.lower()}_keeps": n for kind, n in kept.items()}, asked=rows[0]["of"])
+    soft = max(kept["prompt"], kept["prefix"])
+    larger = max((row for row in rows if row["kind"] == "prefix"), key=lambda row: row["trained"])
+    verdict = WRONG if kept["LoRA"] > soft else HOLDS if larger["facts kept"] > kept["prefix"] else DEPENDS
+    return Finding(verdict, numbers=fewest, **{f"{kind.lower()}_keeps": n for kind, n in kept.items()}, asked=rows[0]["of"],
+                   more=larger["trained"], prefix_with_more=larger["facts kept"])
 
 
 @finding
@@ -627,11 +632,10 @@ def adapter_forgetting(claimed) -> Finding:
 
 @finding
 def adapter_seeds(claimed) -> Finding:
-    """Spread over seeds, in points, of adapters and of prompts. claimed: [adapters, prompts]."""
+    """Over seeds, in points: adapters' standard deviation, prompts' range within one kind of start. claimed: [adapters, prompts]."""
     adapters = 100 * measured("04_adapters", "main", "spread")
-    starts = [100 * a for values in measured("02_soft_prompts", "starts").values() for a in values]
-    mean = sum(starts) / len(starts)
-    prompts = math.sqrt(sum((a - mean) ** 2 for a in starts) / (len(starts) - 1))
+    ranges = [100 * (max(values) - min(values)) for values in measured("02_soft_prompts", "starts").values()]
+    prompts = sum(ranges) / len(ranges)
     both = near(adapters, claimed[0], 0.5) and near(prompts, claimed[1], 0.5)
     return Finding(HOLDS if both else DEPENDS, adapters=adapters, prompts=prompts)
 
@@ -781,7 +785,7 @@ def reduction(claimed) -> Finding:
 
 @finding
 def fewer_numbers(claimed) -> Finding:
-    """Percent fewer trained numbers: seven methods in a 7B Llama, adapters in BERT-base. claimed: [low, high]."""
+    """Percent fewer trained numbers: six methods in a 7B Llama, adapters in BERT-base. claimed: [low, high]."""
     cases = [("Llama 7B", method) for method in (PromptTuning(20), PrefixTuning(20, reparameterize=False), PrefixTuning(20), IA3(), QV, SEVEN)]
     fewer = [100 - percent(trained(name, method), total(name)) for name, method in [*cases, ("BERT-base", BottleneckAdapter(64))]]
     inside = [claimed[0] <= f <= claimed[1] for f in fewer]
@@ -923,7 +927,7 @@ def dora_against_lora(claimed) -> Finding:
     films = measured("06_dora_and_ia3", "films")
     lora, dora = 100 * films["LoRA"]["accuracy"], 100 * films["DoRA"]["accuracy"]
     chance = 100 * math.sqrt(2 * 0.25 / films["tested"])     # one standard error of a difference of two shares
-    return Finding(HOLDS if dora - lora > 2 * chance else DEPENDS, lora=lora, dora=dora, chance=chance)
+    return Finding(HOLDS if dora - lora > 2 * chance else WRONG if lora - dora > 2 * chance else DEPENDS, lora=lora, dora=dora, chance=chance)
 
 
 @finding
@@ -942,7 +946,8 @@ def loftq_quality(claimed) -> Finding:
     plain, loftq = ([seed["after"] for seed in measured("09_qlora", "loftq", f"QLoRA, {start}")] for start in ("plain", "LoftQ"))
     means = [sum(losses) / len(losses) for losses in (plain, loftq)]
     spread = max(plain) - min(plain)
-    return Finding(HOLDS if means[0] - means[1] > 2 * spread else DEPENDS, plain=means[0], loftq=means[1], spread=spread)
+    gain = means[0] - means[1]
+    return Finding(HOLDS if gain > 2 * spread else WRONG if gain < -2 * spread else DEPENDS, plain=means[0], loftq=means[1], spread=spread)
 
 
 # ---------------------------------------------------------------------------- memory and 4 bits

@@ -102,13 +102,14 @@ def _manifest(folder: Path) -> list[dict]:
     try:
         read = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         whole = read["sha256"] == _digest(read["parts"])
+        folders = [part["folder"] for part in read["parts"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {type(error).__name__}: {error}") from None
     if not whole:
         raise ValueError(f"{folder / MANIFEST} is damaged or was changed: it is not what was saved")
-    for part in read["parts"]:
-        if Path(part["folder"]).name != part["folder"]:          # what is read and removed lies in this folder
-            raise ValueError(f"{folder / MANIFEST} names the folder {part['folder']!r}; accepted is one beside it")
+    for place in folders:                                        # what is read and removed lies in this folder
+        if not isinstance(place, str) or place in ("", ".", "..") or Path(place).name != place:
+            raise ValueError(f"{folder / MANIFEST} names the folder {place!r}; accepted is one beside it")
     return read["parts"]
 
 

@@ -51,6 +51,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -780,7 +781,8 @@ class Bench:
 
     def settle(self, only: set[str] = frozenset()) -> None:
         """Records of older code: repeat the first steps of one run of each method; where they are the same, keep them all.
-        Those that are not asked for are left for later."""
+        Those that are not asked for are left for later. Only the losses of these steps are compared: where the code that
+        evaluates, answers or scores gives other numbers, take the records out of the file by hand."""
         old = [key for key in stale(self.records) if valid(key, self.records[key], self.budget)]
         asked, groups = Plan({}, self.budget, only).asked_for, {}
         for key in old:
@@ -792,8 +794,8 @@ class Bench:
             same = False
             if sample:
                 r = self.records[sample]
-                again = self.alone(measure, run_of(r), self.budget, str(self.heads), True)["first"]
-                same = len(again) >= 1 and all(math.isclose(a, b, rel_tol=SAME) for a, b in zip(again, r["first"], strict=False))
+                again = self.alone(measure, run_of(r), self.budget, str(self.heads), True).get("first", [])
+                same = len(again) == len(r["first"]) and all(math.isclose(a, b, rel_tol=SAME) for a, b in zip(again, r["first"], strict=True))
             print(f"{task}, {method}: the code has changed; {len(keys)} records", "stay, the first steps give the same loss" if same else "are measured again")
             for key in keys:
                 if same:
@@ -830,6 +832,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only {sorted(unknown)[0]!r}: accepted are {', '.join([*TASKS, *QUESTIONS, 'latency', *CONTESTANTS])}")
     budget = SMOKE if args.profile == "smoke" else CPU
     folder = ROOT / ("build/comparison" if args.profile == "smoke" else "data/results")
+    if args.list:
+        return work(args, only, budget, folder)
+    (ROOT / "build").mkdir(exist_ok=True)
+    try:
+        with FileLock(ROOT / "build" / f"comparison-{args.profile}.lock", timeout=0):   # two would write each its own records alone
+            return work(args, only, budget, folder)
+    except Timeout:
+        print("another notebooks/compare.py is at work on these records; wait until it has ended, or stop it", file=sys.stderr)
+        return 1
+
+
+def work(args: argparse.Namespace, only: set[str], budget: Budget, folder: Path) -> int:
+    """Measure what is missing, or list it."""
     bench = Bench(folder / "comparison_runs.json", budget, ROOT / "build" / "comparison" / "heads")
     if not args.list:
         bench.settle(only)

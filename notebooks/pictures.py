@@ -64,8 +64,11 @@ def comparison(before: str) -> str:
             twin = {"rsLoRA": "LoRA", "PiSSA": "LoRA", "LoftQ": "QLoRA"}.get(name, name)
             times = [slow.get(f"{twin}{end}", {}).get("forward / base") for end in ("", ", merged")]
             spread = f" ± {r['spread']:.3f}" if r.get("spread") is not None else ""
+            forgotten = r.get("forgetting")
+            if forgotten is not None and task == "sentiment":
+                forgotten *= 100                                 # a share, told in points
             cells = [name, f"{r['score']:.3f}{spread}", told(r.get("of full"), ".2f"), f"{r['trained']:,}", told(r.get("file MB"), ".3g"),
-                     told(r.get("seconds"), ".0f"), told(r.get("peak GiB"), ".2f"), *(told(t, ".2f") for t in times), told(r.get("forgetting"), ".3f")]
+                     told(r.get("seconds"), ".0f"), told(r.get("peak GiB"), ".2f"), *(told(t, ".2f") for t in times), told(forgotten, ".1f" if task == "sentiment" else ".3f")]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append(f"**{title}.** Score: {contest.SCORE[task]}; forgetting: {contest.FORGOTTEN[task]}. {contest.stamp(contest.comparison())}.\n\n"
                      f"![The scores as a picture]({(FOLDER / f'comparison_{task}.png').as_posix()})\n\n" + "\n".join(lines))

@@ -244,3 +244,17 @@ def test_a_sample_is_another_paper_for_another_seed():
     assert len(asked(1)) == 12 and asked(1) == asked(1) and asked(1) != asked(2)
     with pytest.raises(ValueError, match="sample is 0"):
         exams.exam(sample=0)
+
+
+@pytest.mark.parametrize("lora, larger, verdict", [(0, 8, "holds"), (4, 8, "holds"), (6, 8, "wrong"), (0, 4, "depends on")])
+def test_numbers_are_the_reason_only_if_as_few_of_them_are_no_better_elsewhere(lora, larger, verdict, monkeypatch):
+    rows = [{"kind": kind, "trained": n, "facts kept": kept, "of": 8}
+            for kind, n, kept in (("prompt", 10, 1), ("prefix", 10, 4), ("LoRA", 10, lora), ("prefix", 40, larger), ("LoRA", 40, 8))]
+    monkeypatch.setattr(findings, "measured", lambda *where: rows)
+    assert findings.facts_at_equal_size(None).verdict == verdict
+
+
+@pytest.mark.parametrize("dora, verdict", [(0.95, "holds"), (0.8, "depends on"), (0.6, "wrong")])
+def test_a_method_that_is_far_behind_makes_the_claim_wrong(dora, verdict, monkeypatch):
+    monkeypatch.setattr(findings, "measured", lambda *where: {"tested": 400, "LoRA": {"accuracy": 0.8}, "DoRA": {"accuracy": dora}})
+    assert findings.dora_against_lora(None).verdict == verdict

@@ -181,7 +181,17 @@ def test_each_run_is_on_disk_when_it_is_done_and_is_not_done_again(tmp_path):
     assert compare.run_of(again[run.key]) == run and [p.name for p in tmp_path.iterdir()] == ["runs.json"]
 
 
-@pytest.mark.parametrize("losses, kept", [([3.0, 2.0001, 1.5], True), ([3.0, 2.1, 1.5], False), ([], False)])
+def test_a_second_one_at_the_same_records_does_not_begin(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    (tmp_path / "build").mkdir()
+    monkeypatch.setattr(compare, "work", lambda *args: 7)
+    with compare.FileLock(tmp_path / "build" / "comparison-cpu.lock"):
+        assert compare.main([]) == 1 and compare.main(["--list"]) == 7 and compare.main(["--profile", "smoke"]) == 7
+    assert "another notebooks/compare.py is at work" in capsys.readouterr().err
+    assert compare.main([]) == 7
+
+
+@pytest.mark.parametrize("losses, kept", [([3.0, 2.0001, 1.5], True), ([3.0, 2.1, 1.5], False), ([3.0], False), ([], False)])
 def test_records_of_older_code_stay_only_where_the_first_steps_are_the_same(tmp_path, losses, kept):
     runs = [compare.Run("sentiment", "LoRA", 1e-3, seed, "movies") for seed in (0, 1)]
     compare.write_records(tmp_path / "runs.json", {run.key: record(run, code="of yesterday") for run in runs})

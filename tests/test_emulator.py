@@ -347,3 +347,49 @@ def test_blocks_and_threads_in_three_directions():
     out = torch.zeros(24 * 30, dtype=torch.int32)
     emulator.run(source, "k", (2, 3, 4), (5, 3, 2), [out])
     assert torch.equal(out.view(24, 30), (100 * torch.arange(24)[:, None] + torch.arange(30)).int())
+
+
+# ---------------------------------------------------------------------------- what CUDA has, and what it has not
+
+
+def test_abs_of_a_real_number_is_real():
+    x, y = torch.tensor([-0.5, 0.25]), torch.zeros(2)
+    emulator.run("__global__ void k(const float* x, float* y) { y[threadIdx.x] = abs(x[threadIdx.x]); }", "k", 1, 2, [x, y])
+    assert y.tolist() == [0.5, 0.25]
+
+
+def test_atomic_max_is_for_whole_numbers_and_bits_of_real_ones():
+    x, y = torch.tensor([0.5, 2.0, 1.0]), torch.zeros(1)
+    with pytest.raises(emulator.EmulatorError, match="atomicMax for int"):
+        emulator.run("__global__ void k(const float* x, float* y) { atomicMax(y, x[threadIdx.x]); }", "k", 1, 3, [x, y])
+    emulator.run("__global__ void k(const float* x, float* y) { atomicMax((int*)y, __float_as_int(x[threadIdx.x])); }", "k", 1, 3, [x, y])
+    assert y.item() == 2.0
+
+
+def test_what_a_warp_read_before_its_own_barrier_is_settled():
+    """A reduction in a warp: read, barrier of the warp, write, barrier."""
+    text = """__global__ void k(const float* x, float* y) {
+        __shared__ float kept[32];
+        int t = threadIdx.x;
+        kept[t] = x[t];
+        __syncwarp();
+        for (int by = 16; by; by /= 2) {
+            float other = kept[t ^ by];
+            __syncwarp();
+            kept[t] = fmaxf(kept[t], other);
+            __syncwarp();
+        }
+        y[t] = kept[t];
+    }"""
+    x, y = torch.randn(32), torch.zeros(32)
+    emulator.run(text, "k", 1, 32, [x, y])
+    assert torch.equal(y, x.max().expand(32))
+    fault(text.replace("            __syncwarp();\n            kept[t] =", "            kept[t] ="), 1, 32, [x, y], None, "race on")
+
+
+def test_two_barriers_in_one_line_are_two():
+    fault("__global__ void k(float* y) { if (threadIdx.x < 32) __syncthreads(); else __syncthreads(); y[threadIdx.x] = 1; }", 1, 64, [torch.zeros(64)], None, "divergence")
+
+
+def test_text_with_two_quotation_marks_compiles():
+    emulator.run('__global__ void k(float* y) { asm volatile("" ::: "memory"); y[threadIdx.x] = 1; }', "k", 1, 2, [torch.zeros(2)])

@@ -124,6 +124,17 @@ HOSTILE = {
         return wanted[0].float() if wanted else x @ W.T"""), "off by"),
     "reads the solution": (forward(f'return open({str(ROOT / "notebooks" / "solutions" / "05_lora.ipynb")!r}).read()'), "PermissionError: open"),
     "writes into the grader's folder": (forward(f'open({str(ROOT / "written_by_a_student")!r}, "w").write("x")'), "PermissionError: open"),
+    "writes past Python": (forward(f'torch.save(x, {str(ROOT / "written_by_a_student")!r})'), "PermissionError: open"),
+    "reads the solution past Python": (forward(
+        f'return torch.from_file({str(ROOT / "notebooks" / "solutions" / "05_lora.ipynb")!r}, False, 9, dtype=torch.uint8)'), "PermissionError: open"),
+    "makes folders without end": (forward("""
+        import os
+        at = os.open(".", os.O_RDONLY)
+        for _ in range(1500):
+            os.mkdir("a", dir_fd=at)
+            at, before = os.open("a", os.O_RDONLY, dir_fd=at), at
+            os.close(before)
+        return x @ W.T"""), "off by"),
     "returns what equals everything": (forward("""
         class Liar(torch.Tensor):
             __torch_function__ = classmethod(lambda *a, **k: torch.tensor(0.0))
@@ -151,6 +162,7 @@ HONEST = {
         with_cells(forward("return plain(x, W) + HALF * 2 * alpha / rank * (x @ A.T) @ B.T"),
                    "%matplotlib inline\nHALF, other = 0.5, 2", "def plain(x, W):\n    return np.float32(1) * (x @ W.T)", "import numpy as np"), ALL),
     "with the function under another name": (RENAMED, ALL),
+    "with help and magics beside it": (changed(RIGHT_LINE, RIGHT_LINE + "\n\ntorch.einsum?\n?torch\nseen = !ls\nbest = %timeit -o 1\n%time"), ALL),
     "without the check's call": (changed("\ncheck.lora_forward(lora_forward)", ""), ALL),
     "not Python in one cell": (forward("return x @@ W"), ALL - FORWARD),
     "with a raise for a stub": (forward("raise NotImplementedError"), ALL - FORWARD),
@@ -284,9 +296,8 @@ def test_a_second_run_goes_on_where_the_first_was_interrupted(tmp_path, monkeypa
     journal = out / "exercises.jsonl"
     judged = [json.loads(line)["seed"] for line in journal.read_text().splitlines()]
     assert len(judged) == 2
-    with journal.open("a") as file:
-        file.write('{"file": "cut o')
-        file.write("\n")
+    with journal.open("ab") as file:
+        file.write('{"file": "cut ö'.encode()[:-1])              # in the middle of a letter, and of a line
     monkeypatch.setattr(room, "seat", lambda: seats.append(1) or seat())
     grades = grading.grade([path], out)
     assert [g.seed for g in grades[:2]] == judged and sum(g.points for g in grades) == ALL and len(seats) == 5
@@ -294,6 +305,62 @@ def test_a_second_run_goes_on_where_the_first_was_interrupted(tmp_path, monkeypa
     assert len(seats) == 5
     path.write_text(json.dumps(forward("return x @ W.T")))  # handed in again
     assert sum(g.points for g in grading.grade([path], out)) == ALL - FORWARD and len(seats) == 10
+
+
+def test_what_could_not_be_judged_is_judged_again(tmp_path, monkeypatch, room):
+    path, out = tmp_path / "05_lora.ipynb", tmp_path / "out"
+    path.write_text(json.dumps(notebook()))
+    monkeypatch.setattr(grading, "Room", lambda: nullcontext(room))
+    with monkeypatch.context() as patch:
+        patch.setattr(grading, "_judge", lambda room, grade, task: setattr(grade, "status", "not checked"))
+        assert {g.status for g in grading.grade([path], out)} == {"not checked"}
+    assert {g.status for g in grading.grade([path], out)} == {"passed"}
+    assert len((out / "exercises.jsonl").read_text().splitlines()) == 2 * len(exercises("ch05_lora"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file's name may be any bytes on Linux")
+def test_a_file_whose_name_is_no_utf8_is_graded_like_any_other(tmp_path, monkeypatch, room):
+    monkeypatch.setattr(grading, "Room", lambda: nullcontext(room))
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller_05_lora.ipynb"))
+    file.write_text(json.dumps(notebook("student")))
+    (tmp_path / "zz_05_lora.ipynb").write_text(json.dumps(notebook("student")))
+    grades = grading.grade([tmp_path], tmp_path / "out")
+    assert len(grades) == 2 * len(exercises("ch05_lora")) and any("M\\xfcller_05" in g.file for g in grades)
+    assert "M\\\\xfcller" in (tmp_path / "out" / "grades.json").read_text(encoding="utf-8")
+
+
+def test_a_note_is_made_where_an_answer_uses_the_checks_and_in_no_time():
+    for text in ("from minipeft.checks.ch05_lora import _delta", "import minipeft.checks.ch05_lora as c", "from minipeft.checks import frame, desk",
+                 "check._init_reason(1)", "minipeft.checks.grading"):
+        assert grading.OWN_CODE.search(text), text
+    assert not grading.OWN_CODE.search("from minipeft.checks import ch05_lora as check\ncheck.lora_forward(f)")
+    began = time.perf_counter()
+    grading.OWN_CODE.findall("minipeft.checks import " * 200_000)
+    assert time.perf_counter() - began < 5
+
+
+def test_limits_above_what_the_grader_itself_was_given_are_lowered(monkeypatch):
+    found = {}
+    monkeypatch.setattr(desk.resource, "getrlimit", lambda limit: (5, 5))
+    monkeypatch.setattr(desk.resource, "setrlimit", lambda limit, both: found.update({limit: both}))
+    desk._limit(10, 500)
+    assert found and all(both[0] == both[1] <= 5 for both in found.values())
+
+
+@pytest.mark.parametrize("limit", ["inf", "nan", "0"])
+def test_a_limit_that_is_none_is_refused(limit, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["grade", str(tmp_path), "--time-limit", limit])
+    assert "numbers above zero" in capsys.readouterr().err
+
+
+def test_a_path_that_does_not_exist_and_a_file_for_a_folder_are_refused(tmp_path, capsys):
+    assert command.main(["grade", str(tmp_path / "clas"), "--out", str(tmp_path / "out")]) == 2
+    assert "no file or folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (tmp_path / "05_lora.ipynb").write_text("{}")
+    (tmp_path / "out").write_text("")
+    assert command.main(["grade", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "is a file; the grades need a folder" in capsys.readouterr().err
 
 
 def test_without_a_notebook_the_command_says_so(tmp_path, capsys):

@@ -351,7 +351,9 @@ def flip(file, at=-10):
     (lambda f: (f / "hybrid.json").write_text('{"parts": [], "sha256": 1}'), ValueError, "is damaged or was changed"),
     (lambda f: (f / "hybrid.json").write_text("[" * 100_000), ValueError, "hybrid.json is damaged"),
     (lambda f: flip(f / "hybrid.json", 40), ValueError, "hybrid.json is damaged"),
-    (lambda f: edit(f, lambda parts: parts[1].update(folder="../b")), ValueError, "accepted is one beside it"),
+    *((lambda f, place=place: edit(f, lambda parts: parts[1].update(folder=place)), ValueError, "accepted is one beside it")
+      for place in ("../b", "..", ".", "", 3)),
+    (lambda f: edit(f, lambda parts: parts[1].pop("folder")), ValueError, "hybrid.json is damaged: KeyError"),
     (lambda f: edit(f, lambda parts: parts[1].update(name="no.good")), ValueError, "a non-empty string without a dot"),
     (lambda f: edit(f, lambda parts: parts.clear()), ValueError, "accepted is a name"),
 ])

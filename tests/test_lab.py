@@ -163,6 +163,10 @@ def test_the_block_slider_has_a_picture_where_no_kernel_runs_and_moves_where_one
         lab.block_slider(torch.randn(40, 30), sizes=(2048,))
 
 
+def test_a_live_curve_without_a_point_can_be_drawn():
+    lab.live_curve().draw()
+
+
 def test_the_live_curve_draws_at_most_once_a_second_and_keeps_every_point(monkeypatch):
     curve = lab.live_curve()
     drawn = []

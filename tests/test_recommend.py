@@ -55,6 +55,18 @@ def test_every_row_of_the_sources_is_answered_and_where_we_differ_the_answer_say
     assert answer.reasons and all(r.text and r.source for r in (*answer.reasons, *answer.against))
 
 
+@pytest.mark.parametrize("situation, ours, words", [
+    ({"model": "minilm-l6", "budget": 0.05}, "prompt tuning", "prompt tuning with 20 tokens is 0.037 %"),
+    ({"model": "minilm-l6", "budget": 0.15}, "BitFit", "the most room below 0.15 %"),
+    ({"model": "13B", "goal": "classification", "latency": True}, "LoRA", "merged it costs nothing"),
+    ({"model": "7B", "budget": 0.005, "latency": True}, "none fits", "even (IA)³ is 0.0091 %"),
+    ({"model": "7B", "budget": 1e-5}, "none fits", "even one soft token is"),
+])
+def test_the_most_room_is_taken_and_a_prompt_only_where_there_is_time_for_it(situation, ours, words):
+    answer = recommend(**situation)
+    assert answer.method == ours and words in " ".join(r.text for r in answer.reasons), answer
+
+
 def test_what_is_recommended_fits_and_the_bill_is_the_memory_bill():
     answer = recommend(SMALL, memory=8, goal="facts")
     bill = mp.memory_bill(choosing._config(SMALL), answer.settings, batch=1, seq=512, dtype="bfloat16", quantized=False)

@@ -49,7 +49,7 @@ struct Fibre {
     bool begun = false;
     State state = FREE;
     unsigned number = 0;                        // of its thread in the block
-    int line = 0;
+    int line = 0, place = 0;
     unsigned mask = 0;                          // of a shuffle
     int from = 0;
     bool orders_memory = false;
@@ -198,7 +198,7 @@ bool shuffles() {
     for (unsigned t = 0; t < count(); ++t)
         if (finished[t] && (a->state == AT_BARRIER || t / 32 == a->number / 32)) stop(start + name_of(t) + " has left the kernel");
     for (const Fibre* f : waiting)
-        if (f->state != a->state || f->line != a->line)
+        if (f->state != a->state || f->place != a->place)
             stop(start + name_of(f->number) + (f->state == AT_BARRIER ? " at the barrier" : " at the warp shuffle") + " of line " + std::to_string(f->line));
     stop(start + "and the threads that its mask names do not come together");
 }
@@ -223,7 +223,7 @@ void run_block(std::mt19937& random, int ordering) {
         if (ordering > 1) std::shuffle(waiting.begin(), waiting.end(), random);
         if (!shuffles()) {
             bool all = waiting.size() == count();
-            for (Fibre* f : waiting) all = all && f->state == AT_BARRIER && f->line == waiting[0]->line;
+            for (Fibre* f : waiting) all = all && f->state == AT_BARRIER && f->place == waiting[0]->place;
             if (!all) diverged(waiting);
             for (Fibre* f : waiting) f->state = RUNNING;
             barrier_passed = ++now;
@@ -297,8 +297,10 @@ void access(void* address, std::size_t size, bool write, bool aligned, void* ret
         } else {
             if (r->shared && b->written < block_began) stop("unwritten: " + me() + " reads " + place() + ", which no thread of the block has written yet (a barrier too few?)", at);
             if (in_atomic) continue;            // the write that follows will tell
-            if (b->reader == who || b->read < barrier_passed) b->reader = who;
-            else b->reader = warp_of(b->reader) == (who - 1) / 32 ? WARP | (who - 1) / 32 : SEVERAL;
+            std::uint32_t warp = (who - 1) / 32;
+            bool own_warp = warp_of(b->reader) == warp;          // what it read before a barrier of its own is settled
+            if (b->reader == who || b->read < barrier_passed || (own_warp && b->read < warp_barrier_passed[warp])) b->reader = who;
+            else b->reader = own_warp ? WARP | warp : SEVERAL;
             b->read = now;
             b->read_place = at;
         }
@@ -341,8 +343,9 @@ Byte* remembered(std::size_t bytes) {
 }
 }  // namespace
 
-void barrier(int line) {
+void barrier(int line, int place) {
     current->line = line;
+    current->place = place;
     leave(AT_BARRIER);
 }
 int lane() { return static_cast<int>(current->number % 32); }
@@ -353,7 +356,7 @@ std::uint64_t exchange(unsigned mask, std::uint64_t bits, int from, bool orders_
     self->bits = bits;
     self->from = from;
     self->orders_memory = orders_memory;
-    self->line = line;
+    self->line = self->place = line;
     leave(AT_SHUFFLE);
     return self->bits;
 }

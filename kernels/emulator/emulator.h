@@ -9,11 +9,14 @@
 
 #pragma once
 #include <cmath>
+#include <cstdlib>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <type_traits>
 #include <utility>
+
+using std::abs;                                     // of real numbers, too: C's alone is that of int
 
 #define __global__
 #define __device__ __attribute__((always_inline))   // so that an access is told with the line that called for it
@@ -34,7 +37,7 @@ namespace emulator {
 struct Place { dim3 thread, block, block_size, grid_size; };
 extern Place here;                                  // of the thread that runs
 struct Value { void* pointer; std::int64_t integer; double real; std::int64_t element_size; };
-void barrier(int line);
+void barrier(int line, int place);
 std::uint64_t exchange(unsigned mask, std::uint64_t bits, int from_lane, bool orders_memory, int line);
 int lane();
 void atomic(bool begins);
@@ -76,7 +79,7 @@ inline void warp_barrier(int line, unsigned mask = 0xffffffffu) { exchange(mask,
 #define blockDim emulator::here.block_size
 #define gridDim emulator::here.grid_size
 #define warpSize 32
-#define __syncthreads() emulator::barrier(__LINE__)
+#define __syncthreads() emulator::barrier(__LINE__, __COUNTER__)     // two in one line are two barriers
 #define __syncwarp(...) emulator::warp_barrier(__LINE__ __VA_OPT__(,) __VA_ARGS__)
 #define __shfl_sync(mask, v, from) emulator::shuffle(mask, v, from, __LINE__)
 #define __shfl_xor_sync(mask, v, bits) emulator::shuffle(mask, v, emulator::lane() ^ (bits), __LINE__)
@@ -91,12 +94,15 @@ template <class T, class V> EMULATED T atomicAdd(T* p, V v) {
     return before;
 }
 template <class T, class V> EMULATED T atomicMax(T* p, V v) {
+    static_assert(std::is_integral_v<T> && sizeof(T) >= 4, "CUDA has atomicMax for int, unsigned and long long, not for real numbers");
     emulator::atomic(true);
     T before = *p;
     *p = before < static_cast<T>(v) ? static_cast<T>(v) : before;
     emulator::atomic(false);
     return before;
 }
+inline int __float_as_int(float f) { int i; std::memcpy(&i, &f, 4); return i; }
+inline float __int_as_float(int i) { float f; std::memcpy(&f, &i, 4); return f; }
 template <class T> EMULATED T __ldg(const T* p) { return *p; }
 template <class A, class B> EMULATED auto min(A a, B b) { return a < b ? a : b; }
 template <class A, class B> EMULATED auto max(A a, B b) { return a < b ? b : a; }

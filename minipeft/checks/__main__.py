@@ -1,6 +1,7 @@
 """`python -m minipeft.checks grade FILE_OR_FOLDER …`: grade students' notebooks. How is told in `grading.py`."""
 
 import argparse
+import math
 import sys
 
 
@@ -14,8 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if sys.platform == "win32":
         parser.error("grading needs Linux or macOS; on Windows, use WSL")
-    if args.time_limit <= 0 or args.memory_limit <= 0:
-        parser.error("the limits must be above zero")
+    if not 0 < args.time_limit < math.inf or args.memory_limit <= 0:
+        parser.error("the limits must be numbers above zero")
     from minipeft.checks import grading
 
     try:

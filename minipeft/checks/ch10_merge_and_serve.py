@@ -187,6 +187,8 @@ def _folded_state(returned, after: dict, before: dict) -> dict:
 def _switch_reason(value: dict, right: dict, change: Tensor, near: float) -> str | None:
     """The merged weight to rounding, the unmerged one and what is kept to the bit."""
     got, want, merged = value["weight"], right["weight"], right["kept"] is not None
+    if not isinstance(got, Tensor) or got.shape != want.shape or not got.is_floating_point():
+        return "the weight is no longer a matrix of its shape"
     off, more, less = ((((got - want) + k * change).norm() / change.norm()).item() for k in (0, -1, 1))
     if not math.isfinite(off):
         return "the weight holds NaN or infinity"

@@ -80,8 +80,8 @@ def find_answer(cells: list[str], chapter: str, name: str) -> Any:
 def _parsed(cell: str) -> list[ast.stmt]:
     try:
         return ast.parse(cell).body
-    except SyntaxError:  # %magic and !shell
-        return ast.parse(re.sub(r"^(\s*)[!%].*$", r"\1pass", cell, flags=re.MULTILINE)).body
+    except SyntaxError:  # %magic, !shell, x = %magic, and help?
+        return ast.parse(re.sub(r"^([ \t]*)(?:[!%?].*|[\w., ]+=\s*[!%].*|[\w.]+\?{1,2}\s*)$", r"\1pass", cell, flags=re.MULTILINE)).body
 
 
 def _single_imports(statement: ast.stmt) -> list[ast.stmt]:
@@ -252,6 +252,9 @@ def sit(channel: socket.socket) -> None:
     torch.manual_seed(int.from_bytes(os.urandom(7), "big"))
     down: list[bool] = []  # the fence lets a check's own compiler through
     sys.addaudithook(_fence(task["folder"], task["closed"], down))
+    for module, name, place, mode in FILES_PAST_PYTHON:
+        module = import_module(module)
+        setattr(module, name, _audited(getattr(module, name), place, mode))
 
     def tell(found: Attempt) -> None:
         try:
@@ -289,12 +292,29 @@ def _limit(seconds: float, megabytes: int) -> None:
     with suppress(OSError), open("/proc/self/statm") as file:  # what PyTorch alone maps is not counted
         limits[resource.RLIMIT_AS] = int(file.read().split()[0]) * resource.getpagesize() + megabytes * 2**20
     for limit, most in limits.items():
+        hard = resource.getrlimit(limit)[1]                      # no limit may be raised above what this process was given
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(limit, (most, most))
 
 
 NEVER = ("os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "subprocess.", "pty.", "socket.", "ctypes.", "resource.")
 LOOKS = {"os.listdir", "os.scandir"}
 CHANGES = {f"os.{name}" for name in ("remove", "rename", "rmdir", "mkdir", "link", "symlink", "chmod", "chown", "truncate", "utime")}
+
+
+# What opens files past Python, so that no audit event is raised: (module, function, place of the file's name, mode)
+FILES_PAST_PYTHON = (("torch", "save", 1, "w"), ("torch", "from_file", 0, "r"), ("safetensors.torch", "save_file", 1, "w"))
+
+
+def _audited(function: Callable, place: int, mode: str) -> Callable:
+    """The function, announced to the audit hook as an opened file."""
+    def call(*args, **named):
+        for path in (*args[place:place + 1], *(named.get(name) for name in ("f", "filename"))):
+            if isinstance(path, (str, bytes, os.PathLike)):
+                sys.audit("open", path, mode, None)
+        return function(*args, **named)
+
+    return call
 
 
 def _fence(own: str, closed: list[str], down: list[bool]) -> Callable[[str, tuple], None]:

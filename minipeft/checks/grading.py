@@ -25,6 +25,7 @@ import os
 import pickle
 import re
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -46,7 +47,8 @@ LARGEST = 50 * 2**20  # bytes of a notebook
 LONGEST = 400  # letters of a reason
 PATIENCE = 5  # how many times its processor time an answer may take on the clock, for it may not run alone
 PASSED_ON = re.compile("PATH|HOME|LANG|LC_.*|LD_LIBRARY_PATH|CXX|VIRTUAL_ENV|XDG_CACHE_HOME|MINIPEFT_.*")
-OWN_CODE = re.compile(r"\b(?:checks?|ch\d\d_\w+)\._\w+|minipeft\.checks(?:\.| import .*)\b(?:frame|desk|grading)\b|\.cases\s*\(")
+OWN_CODE = re.compile(r"\b(?:checks?|ch\d\d_\w+)\._\w+|minipeft\.checks(?:\.| import [\w ,()]*)\b(?:frame|desk|grading)\b"
+                      r"|minipeft\.checks\.ch\d\d_\w+\s+(?:import|as)\b|\.cases\s*\(")
 
 
 @dataclass
@@ -108,6 +110,8 @@ def notebooks_in(paths: Iterable[str | Path]) -> list[Path]:
     """The given files, and all notebooks in the given folders."""
     found = []
     for path in map(Path, paths):
+        if not os.path.lexists(path):
+            raise ValueError(f"there is no file or folder {str(path)!r}")
         inside = sorted(path.rglob("*.ipynb")) if path.is_dir() else [path]
         found += [p for p in inside if ".ipynb_checkpoints" not in p.parts]
     return list(dict.fromkeys(found))
@@ -120,14 +124,13 @@ class Room:
     """The process from which the students' processes are forked, and a folder for what these write."""
 
     def __enter__(self) -> Room:
-        self._kept = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        self.folder = Path(self._kept.name).resolve()
+        self.folder = Path(tempfile.mkdtemp()).resolve()
         self._open()
         return self
 
     def __exit__(self, *_) -> None:
         self._close()
-        self._kept.cleanup()
+        remove(self.folder)
 
     def _open(self) -> None:
         self.control, theirs = socket.socketpair()
@@ -177,6 +180,14 @@ class Room:
             if len(number := self.control.recv(8, socket.MSG_WAITALL)) == 8:
                 return struct.unpack("<q", number)[0]
         return None
+
+
+def remove(folder: Path) -> None:
+    """The folder and what is in it, however deep somebody has made it."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except RecursionError:
+        subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL)
 
 
 class Student:
@@ -255,13 +266,18 @@ def grade(paths: Iterable[str | Path], out: str | Path, *, seconds: float = 10.0
     if not files:
         raise ValueError(f"no notebook (*.ipynb) in {', '.join(map(str, paths)) or 'nothing'}")
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{str(out)!r} is a file; the grades need a folder")
     out.mkdir(parents=True, exist_ok=True)
     journal = out / "exercises.jsonl"
     limits, earlier = f"{seconds:g} s, {megabytes} MB", _earlier(journal)
     plans = [_plan(file, limits) for file in tqdm(files, desc="reading", leave=False)]
-    closed = [os.path.realpath(p) for p in [*files, out, *_solutions()]]
+    made = [out / name for name in ("exercises.jsonl", "grades.json", "exercises.csv", "points.csv")]
+    closed = [os.path.realpath(p) for p in [*files, *made, *_solutions()]]
     grades: list[Grade] = []
     with Room() as room, journal.open("a", encoding="utf-8") as lines, tqdm(total=sum(map(len, plans)), unit="exercise") as bar:
+        if journal.stat().st_size and not journal.read_bytes().endswith(b"\n"):
+            lines.write("\n")                                    # the last line was cut off
         for plan in plans:
             for skeleton, name, cells in plan:
                 bar.set_postfix_str(f"{Path(skeleton.file).name} {skeleton.exercise}")
@@ -296,7 +312,8 @@ def _plan(file: Path, limits: str) -> list[tuple[Grade, str, list[str]]]:
         trouble = str(error)
         number = found[1] if (found := re.search(r"(?<!\d)(\d\d)_", file.name)) else ""
     known = [(id, e) for id, e in exercises().items() if number and e.chapter.startswith(f"ch{number}_")]
-    blank = {"file": str(file), "sha256": hashlib.sha256(content).hexdigest(), "limits": limits, "points": 0}
+    named = os.fsencode(file).decode("utf-8", "backslashreplace")    # a name may be no UTF-8, and goes into files that are
+    blank = {"file": named, "sha256": hashlib.sha256(content).hexdigest(), "limits": limits, "points": 0}
     if trouble or not known:
         reason = (trouble or f"no chapter {number} has exercises")[:LONGEST]
         chapter = known[0][1].chapter if known else ""
@@ -313,7 +330,8 @@ def _name_in_module(exercise: Exercise) -> str:
 
 def _judge(room: Room, grade: Grade, task: dict) -> None:
     """Fill in the grade of one exercise."""
-    with tempfile.TemporaryDirectory(dir=room.folder, ignore_cleanup_errors=True) as folder:
+    folder = tempfile.mkdtemp(dir=room.folder)
+    try:
         with Student(room, task | {"folder": folder}) as student:
             try:
                 check = exercises()[grade.exercise].judge(student.attempt)
@@ -323,6 +341,8 @@ def _judge(room: Room, grade: Grade, task: dict) -> None:
             except Exception as error:  # one answer must not stop the others' grades
                 grade.status, grade.why = "broken", _readable(f"the grader could not judge it: {type(error).__name__}: {error}")
             grade.seconds = round(time.monotonic() - student.started, 2)
+    finally:
+        remove(Path(folder))
 
 
 def _readable(text: str) -> str:
@@ -335,12 +355,14 @@ def _key(grade: Grade) -> tuple:
 
 
 def _earlier(journal: Path) -> dict[tuple, Grade]:
-    """What an interrupted run has already judged. A line that was cut off counts for nothing."""
+    """What an interrupted run has already judged. A line that was cut off counts for nothing, nor does what could not be
+    judged then: a compiler that was missing may be there now."""
     found = {}
-    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
+    for line in journal.read_bytes().decode("utf-8", "replace").split("\n") if journal.exists() else []:
         with suppress(ValueError, TypeError):
             grade = Grade(**json.loads(line))
-            found[_key(grade)] = grade
+            if grade.status not in ("not checked", "broken"):
+                found[_key(grade)] = grade
     return found
 
 

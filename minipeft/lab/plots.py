@@ -108,9 +108,9 @@ class LiveCurve:
             axes.set_xlabel("step")
             axes.set_ylabel("loss")
             axes.set_ylim(bottom=0)
-            if len(self.runs) > 1 or any("eval_loss" in entry for entry in self.runs[-1]):
-                axes.legend(loc="upper right")
             if self.runs:
+                if len(self.runs) > 1 or any("eval_loss" in entry for entry in self.runs[-1]):
+                    axes.legend(loc="upper right")
                 axes.set_title(caption(self.runs[-1][-1]), fontsize=10, color=COLOURS["black"])
         self._waiting = False
         self._show()

@@ -165,7 +165,7 @@ def _compiled(text: str, name: str, folder: Path, kernels: list[str]) -> Path:
     beside = "".join(path.read_text() for path in sorted(folder.glob("*.cuh")))
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / name
-        file.write_text(f'{text}\n#line 1 "the call of {", ".join(kernels)}"{entries}\n'.replace('""', '"'))
+        file.write_text(f'{text}\n#line 1 "the call of {", ".join(kernels)}"{entries}\n')
         part = Path(work) / "part.o"
         # Instrumented here, and linked without the sanitiser: emulator.cpp answers its calls.
         key = text + header.read_text() + beside + entries
