@@ -247,14 +247,8 @@ class Rows:
         """The one piece that all rows share, several gathered into one, or None if no row has any here."""
         if path not in self.pieces:
             rows = [adapter.by_path.get(path) if adapter is not None else None for adapter in self.adapters]
-            self.pieces[path] = rows[0] if len(set(rows)) == 1 else Gathered(rows, self.check, self.spare.pop(path, None))
+            self.pieces[path] = rows[0] if len(set(rows)) == 1 else Gathered(rows, self.spare.pop(path, None))
         return self.pieces[path]
-
-    def check(self, rows: int) -> None:
-        """`ValueError` unless a batch of so many rows has as many as there are adapters, or a multiple of it."""
-        if rows % len(self.adapters):
-            raise ValueError(f"the batch has {rows} rows, and adapters are named for {len(self.adapters)}; accepted are as many "
-                             "rows, or a multiple where beams repeat each")
 
     def give_back(self) -> None:
         """Leave the stacks to the next batch: filling fresh memory takes several times as long, and where the next batch
@@ -273,7 +267,7 @@ class Rows:
         encoder of an encoder-decoder may count its positions from the first column: there padding comes last.
         """
         self.were_read = True
-        self.check(len(input_ids))
+        _check_batch(len(input_ids), len(self.adapters))
         if not self.prompts:
             return {"input_ids": input_ids, "attention_mask": attention_mask}
         e = sockets.embedding_site(self.model)[1](input_ids)     # (B, T, d)
@@ -301,8 +295,8 @@ class Rows:
 class Gathered:
     """One piece made of the rows' pieces at one module. x (n, …, in), y (n, …, out)."""
 
-    def __init__(self, rows: list[nn.Module | None], check, spare: tuple | None = None):
-        self.n, self.check, self.spare, self.with_gradients = len(rows), check, spare or (None, None, ()), False
+    def __init__(self, rows: list[nn.Module | None], spare: tuple | None = None):
+        self.n, self.spare, self.with_gradients = len(rows), spare or (None, None, ()), False
         self.inner = _factors([p.l if isinstance(p, RescaleInput) else None for p in rows])
         self.outer = _factors([p.whole() if isinstance(p, RescaleOutput) else None for p in rows])
         groups: dict[LowRank, list[int]] = {}                    # adapter's piece -> its rows, most often one
@@ -312,7 +306,7 @@ class Gathered:
         self.groups, self.stack = groups, None
 
     def before(self, x: Tensor) -> Tensor:
-        self.check(len(x))
+        _check_batch(len(x), self.n)
         return x if self.inner is None else _rescaled(x, self.inner)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -356,6 +350,13 @@ class Gathered:
         rows = [row for rows in self.groups.values() for row in rows]
         back = [u * m + j for u, rows in enumerate(self.groups.values()) for j in range(len(rows))]
         self.take, self.rows, self.back = (torch.tensor(t, device=y.device) for t in (take, rows, back))
+
+
+def _check_batch(rows: int, adapters: int) -> None:
+    """`ValueError` unless a batch of so many rows has as many as there are adapters, or a multiple of it."""
+    if rows % adapters:
+        raise ValueError(f"the batch has {rows} rows, and adapters are named for {adapters}; accepted are as many rows, or a "
+                         "multiple where beams repeat each")
 
 
 def _stacked(tensors: list[Tensor], memory: Tensor | None, there: list[bool]) -> Tensor:
