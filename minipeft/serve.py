@@ -306,7 +306,7 @@ class Gathered:
         self.groups, self.stack = groups, None
 
     def before(self, x: Tensor) -> Tensor:
-        _check_batch(len(x), self.n)
+        _check_batch(x.shape[0], self.n)
         return x if self.inner is None else _rescaled(x, self.inner)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:

@@ -390,7 +390,7 @@ def evaluate(model: nn.Module, tokenizer, data: Sequence[dict], *, max_tokens: i
     rows = encode(model, tokenizer, data)
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens!r}; accepted is a whole number from 1")
-    _precision(model, precision)
+    _precision(model, precision)                 # an unknown one is refused before the first pass
     was_training = model.training
     model.eval()
     loss, right, targets = 0.0, 0, 0

@@ -22,7 +22,7 @@ data/results/comparison_runs.json. All compute in float32, so that machines with
 the same, and on one core, as many side by side as there are cores and memory: in the time of four runs that have two
 cores each, five are done. Only the latencies are measured alone, with all cores.
 
-A record holds for its settings, its budget and the code it ran: `stale` tells where the code is another one now
+A record holds for its settings, its budget and the code it was trained with: `stale` tells where the code is another one now
 (comments and docstrings do not count). Before such a run is measured again, its first steps are repeated. Where their
 losses are the same, the change did not matter, and the record stays.
 """

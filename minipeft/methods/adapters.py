@@ -3,7 +3,8 @@
     f(h) = W_up σ(W_down h + b_down) + b_up,    h' = h + f(h)
 
 W_down (m, d) squeezes the d numbers of a hidden state into m, σ bends them, W_up (d, m) widens them again.
-The base is frozen, its norms too, which Houlsby et al. train with the adapters; both matrices and biases are trained. Parameters: 2 m d + m + d for each adapter.
+The base is frozen; both matrices and biases are trained. (Houlsby et al. train the base's norms, too.)
+Parameters: 2 m d + m + d for each adapter.
 They start at N(0, init_std²), cut off at two deviations, and zero biases. The skip h + … then makes an adapter
 nearly the identity: it adds about init_std² √(m d / 2) times the size of h, 1 % at m = 64, d = 300.
 

@@ -388,7 +388,7 @@ def trial(name: str, rate: float, seed: int, watch=None) -> dict:
 # %%
 def tested(row: dict) -> dict:
     """The row with the share of the test right, in place of the model."""
-    one = row.pop("model")
+    one, row = row["model"], {k: v for k, v in row.items() if k != "model"}
     return row | {"test": max(positive, 1 - positive) if one is None else mp.evaluate(one, tokenizer, test)["accuracy"]}
 
 def next_rate(rates: list[float], best: float) -> float | None:
@@ -511,7 +511,7 @@ for r in swept:
 lab.sweep_figure("cards")
 
 # %% [markdown]
-# Look for three things. First, rates that lie close on one seed: do their means lie as close? Where they do not, one seed would have chosen the edge of what is stable, and the next seed would have fallen off. That is why all seeds decide here, as in exercise 1. Second, how near does LoRA come at its best rate, and how large is its ±? Third, does rsLoRA come nearer? Then the two matrices can do it, and it is not their rank that LoRA lacks. At its smaller scale it needs larger steps for the same change, and they stop being stable before it is there: see what the next rate up costs it.
+# Look for three things. First, rates that lie close on one seed: do their means lie as close? Where they do not, one seed would have chosen the edge of what is stable, and the next seed would have fallen off. That is why all seeds decide here, as in exercise 1. Second, how near does LoRA come at its best rate, and how large is its ±? Third, does rsLoRA come nearer? Then the two matrices can do it, and it is not their rank that LoRA lacks. A likely reason, which these runs do not prove: at its smaller scale it needs larger steps for the same change, and steps that large are not stable. See what the next rate up costs it.
 #
 # Is a soft prompt among those that do not beat the base on the sentiment task? Here is a likely cause. A classifier like BERT reads its answer at the *first* position, and there the prompt stands now. In a few dozen steps it has to learn from nothing what the head reads there. Size may matter as well: Lester et al. find prompt tuning near full fine-tuning only at billions of numbers.
 #
