@@ -1,5 +1,6 @@
 """The claims of the articles: the file is whole, code and verdicts agree, and every key of the examination is right."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from minipeft import claims, examination, findings, lab
 from minipeft.lab import exams, guesses
 from minipeft.lab.kept import Kept
 
+REPO = Path(__file__).resolve().parent.parent
 BOOK = claims.load_claims()
 RAW = yaml.safe_load((mp.data.data_folder() / "claims.yaml").read_text(encoding="utf-8"))
 # What `make results` has still to measure. A claim not named here must have its figure.
@@ -258,3 +260,11 @@ def test_numbers_are_the_reason_only_if_as_few_of_them_are_no_better_elsewhere(l
 def test_a_method_that_is_far_behind_makes_the_claim_wrong(dora, verdict, monkeypatch):
     monkeypatch.setattr(findings, "measured", lambda *where: {"tested": 400, "LoRA": {"accuracy": 0.8}, "DoRA": {"accuracy": dora}})
     assert findings.dora_against_lora(None).verdict == verdict
+
+
+def test_readme_counts_the_verdicts_as_the_chapter_recorded_them_and_as_they_are():
+    kept = json.loads((REPO / "data" / "results" / "13_fact_check.json").read_text())["figures"]
+    now = Counter(claim.finding().verdict if claim.figure else claim.guess for claim in BOOK)
+    assert kept["verdicts"] == dict(now) and kept["claims"] == len(BOOK), "make run NB=13, then python notebooks/tools.py keep 13"
+    line = "{} claims of the three articles: {holds} hold, {wrong} are wrong, {depends on} depend, {not checkable here} cannot be checked here"
+    assert line.format(len(BOOK), **now) in (REPO / "README.md").read_text(encoding="utf-8")

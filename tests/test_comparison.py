@@ -270,3 +270,11 @@ def test_the_published_comparison_is_what_the_code_gives():
     assert not old, f"{len(old)} figures are older than the code they were measured with, for example {old[0]!r}: run make results"
     published = json.loads((RECORDS.parent / "comparison.json").read_text())
     assert published == json.loads(json.dumps(compare.summarise(found, BUDGET))), "comparison.json is not made of comparison_runs.json: run make results"
+
+
+def test_readme_shows_the_students_own_comparison_as_chapter_12_recorded_it():
+    own = json.loads((RECORDS.parent / "12_choosing.json").read_text())["figures"]["own"]
+    share = {row["method"]: f"{row['of full']:.2f}" for row in own["rows"]}
+    assert own["ratio"] == 10 and not {"LoRA", "full fine-tuning"} & set(own["at an edge"])
+    line = f"LoRA has {share['LoRA']} of full fine-tuning's score at ten times its rate, (IA)³ {share['(IA)³']}, the head alone {share['head only']};"
+    assert line in (REPO / "README.md").read_text(encoding="utf-8")
